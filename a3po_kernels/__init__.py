@@ -1,0 +1,67 @@
+"""Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
+
+from .losses import PolicyLoss, PolicyLossOutput, policy_loss
+from .objectives import (
+    Cispo,
+    Clip,
+    MinPRegularizer,
+    Objective,
+    PolarityWeights,
+    Reinforce,
+    Sapo,
+    TokenRule,
+    a3po,
+    cispo,
+    dapo,
+    dr_grpo,
+    fork_tokens,
+    grpo,
+    gspo,
+    lp_reg,
+    nsr,
+    psr,
+    sapo,
+    w_reinforce,
+)
+from .ops.min_p import min_p_token_logprobs
+from .ops.select_tokens import select_tokens
+from .ops.token_logprobs import TokenStats, token_logprobs
+from .schedules import Constant, CosineDecay, ExponentialDecay, LinearDecay
+from .shaping import group_advantages
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cispo",
+    "Clip",
+    "Constant",
+    "CosineDecay",
+    "ExponentialDecay",
+    "LinearDecay",
+    "MinPRegularizer",
+    "Objective",
+    "PolarityWeights",
+    "PolicyLoss",
+    "PolicyLossOutput",
+    "Reinforce",
+    "Sapo",
+    "TokenRule",
+    "TokenStats",
+    "a3po",
+    "cispo",
+    "dapo",
+    "dr_grpo",
+    "fork_tokens",
+    "group_advantages",
+    "grpo",
+    "gspo",
+    "lp_reg",
+    "min_p_token_logprobs",
+    "nsr",
+    "policy_loss",
+    "psr",
+    "sapo",
+    "select_tokens",
+    "token_logprobs",
+    "w_reinforce",
+]

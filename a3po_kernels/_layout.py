@@ -1,0 +1,94 @@
+"""The two spellings of a batch, padded [B, T] and packed [N] with cu_seqlens, read as one: rows and rollout offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops._dispatch import INDEX_DTYPES, check_tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """N token rows in S rollouts.
+
+    shape: the shape of a per-token tensor as the caller spells it; offsets: int64 [S + 1], first 0, last N.
+    """
+
+    shape: tuple[int, ...]
+    offsets: Tensor
+    padded: bool
+
+    @property
+    def count(self) -> int:
+        return self.shape[0] * self.shape[1] if self.padded else self.shape[0]
+
+    @property
+    def rollouts(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def per_token(self, name: str, values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Values per rollout [S] or per token, flat per token [N]; per rollout wins where both would fit."""
+        check_tensor(name, values, device=self.offsets.device)
+        values = values.detach()
+        if dtype is not None:
+            values = values.to(dtype)
+        if tuple(values.shape) == (self.rollouts,):
+            if self.padded:
+                return values.unsqueeze(1).expand(self.shape).reshape(-1)
+            rows = torch.arange(self.count, device=values.device)
+            return values[torch.searchsorted(self.offsets, rows, right=True) - 1]
+        if tuple(values.shape) == self.shape:
+            return values.reshape(-1)
+        raise ValueError(
+            f"{name} must have shape {[self.rollouts]} (per rollout) or {list(self.shape)} (per token); "
+            f"got {list(values.shape)}"
+        )
+
+    def flat(self, name: str, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A per-token tensor, detached and flat [N]."""
+        if values is None:
+            return None
+        check_tensor(name, values, self.shape, device=self.offsets.device)
+        if not values.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor; got {values.dtype}")
+        return values.detach().reshape(-1).to(dtype).contiguous()
+
+    def flat_mask(self, mask: Tensor | None) -> Tensor | None:
+        """A mask, bool or 0/1, as a flat bool [N]."""
+        if mask is None:
+            return None
+        check_tensor("mask", mask, self.shape, device=self.offsets.device)
+        return (mask if mask.dtype == torch.bool else mask != 0).reshape(-1).contiguous()
+
+
+def token_layout(
+    name: str, tokens: Tensor, cu_seqlens: Tensor | None, *, validate: bool, one_rollout: bool = False
+) -> TokenLayout:
+    """Reads the layout of a per-token tensor `tokens`, called `name` in errors.
+
+    Raises:
+        ValueError: a shape that is neither padded nor packed, or (where values may be read) cu_seqlens that do not rise
+            from 0 to N.
+        TypeError: cu_seqlens that are not an integer tensor.
+    """
+    shape, device = tuple(tokens.shape), tokens.device
+    if cu_seqlens is None:
+        if len(shape) == 1 and one_rollout:
+            return TokenLayout(shape, torch.arange(2, device=device) * shape[0], padded=False)
+        if len(shape) != 2:
+            raise ValueError(f"{name} must have shape [B, T], or [N] with cu_seqlens; got {list(shape)} without them")
+        return TokenLayout(shape, torch.arange(shape[0] + 1, device=device) * shape[1], padded=True)
+    check_tensor("cu_seqlens", cu_seqlens, dtypes=INDEX_DTYPES, device=device)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape [S + 1]; got {list(cu_seqlens.shape)}")
+    if len(shape) != 1:
+        raise ValueError(f"{name} must have shape [N] when cu_seqlens are given; got {list(shape)}")
+    offsets = cu_seqlens.long().contiguous()
+    if not torch.compiler.is_compiling() and (device.type == "cpu" or validate):
+        rising = bool((offsets.diff() >= 0).all())
+        if not rising or int(offsets[0]) != 0 or int(offsets[-1]) != shape[0]:
+            raise ValueError(f"cu_seqlens must rise from 0 to N = {shape[0]}; got {cu_seqlens.tolist()}")
+    return TokenLayout(shape, offsets, padded=False)

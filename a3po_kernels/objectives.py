@@ -1,0 +1,311 @@
+"""What is optimised, as data: shaping rules, a surrogate, regularisers and an aggregation; presets compose them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Union
+
+from .ops.select_tokens import check_selection
+from .schedules import LinearDecay, Schedule
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def _check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not (low < value <= high if above else low <= value <= high) or not math.isfinite(value):
+        bracket = "(" if above else "["
+        raise ValueError(f"{name} must be finite and lie in {bracket}{low}, {high}]; got {value}")
+
+
+def _check_word(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class PolarityWeights:
+    """Weights of the tokens of positive, negative and neutral rollouts; a weight of 0 drops the token.
+
+    (1, 0, 0) is PSR, (0, 1, 0) NSR and (lambda, 1) W-REINFORCE (arXiv 2506.01347).
+    """
+
+    positive: float = 1.0
+    negative: float = 1.0
+    zero: float = 1.0
+
+    def __post_init__(self):
+        for name in ("positive", "negative", "zero"):
+            _check_number(name, getattr(self, name), 0.0)
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Weights of the k lowest or highest tokens of a scope by a metric, and of the other eligible tokens.
+
+    polarity: +1, -1 or None (any): whose tokens are eligible. Tokens that an earlier rule dropped are not.
+    metric, source: "probability" or "entropy", of the "old" (behaviour) or the "current" policy.
+    side, ratio, scope, rounding: which tokens are selected; see select_tokens.
+    selected_scale: weight of the selected tokens, a number or a schedule step -> value.
+    rest_scale: weight of the eligible tokens that were not selected; 0 drops them (a keep rule).
+    """
+
+    polarity: int | None = None
+    metric: str = "probability"
+    source: str = "old"
+    side: str = "low"
+    ratio: float = 0.2
+    selected_scale: float | Schedule = 1.0
+    rest_scale: float = 1.0
+    scope: str = "rollout"
+    rounding: str = "floor"
+
+    def __post_init__(self):
+        if self.polarity not in (None, 1, -1):
+            raise ValueError(f"polarity must be 1, -1 or None; got {self.polarity!r}")
+        _check_word("metric", self.metric, ("probability", "entropy"))
+        _check_word("source", self.source, ("old", "current"))
+        check_selection(self.ratio, self.side, self.scope, self.rounding)
+        if not callable(self.selected_scale):
+            _check_number("selected_scale", self.selected_scale, 0.0)
+        _check_number("rest_scale", self.rest_scale, 0.0)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """max(-A r, -A clamp(r, 1 - epsilon_low, 1 + epsilon_high)) (PPO; DAPO's two bounds, arXiv 2503.14476).
+
+    dual_clip c: where A < 0, min(that, -A c) (arXiv 1912.09729). delta: the unclipped branch uses min(r, delta).
+    """
+
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    dual_clip: float | None = None
+    delta: float | None = None
+
+    def __post_init__(self):
+        _check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
+        _check_number("epsilon_high", self.epsilon_high, 0.0)
+        if self.dual_clip is not None:
+            _check_number("dual_clip", self.dual_clip, 1.0, above=True)
+        if self.delta is not None:
+            _check_number("delta", self.delta, 0.0, above=True)
+
+
+@dataclass(frozen=True)
+class Cispo:
+    """-sg(clamp(r)) A logp (CISPO, arXiv 2506.13585).
+
+    epsilon_high is the raw upper bound of r, as in TRL; epsilon_low, if given, adds the lower bound 1 - epsilon_low.
+    """
+
+    epsilon_high: float = 1.28
+    epsilon_low: float | None = None
+
+    def __post_init__(self):
+        _check_number("epsilon_high", self.epsilon_high, 0.0, above=True)
+        if self.epsilon_low is not None:
+            _check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Sapo:
+    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347)."""
+
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+
+    def __post_init__(self):
+        _check_number("tau_positive", self.tau_positive, 0.0, above=True)
+        _check_number("tau_negative", self.tau_negative, 0.0, above=True)
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """-A logp."""
+
+
+Surrogate = Union[Clip, Cispo, Sapo, Reinforce]
+
+
+@dataclass(frozen=True)
+class MinPRegularizer:
+    """Lp-Reg's regulariser (arXiv 2510.03222): it replaces the surrogate of some unlikely tokens.
+
+    Candidates are the floor(n q) tokens of lowest current log-prob among the n tokens of the batch with A < 0, if that
+    is more than one. Where logp < t, t the old policy's log-prob among the tokens with p >= min_p * max p, the surrogate
+    becomes -A r + beta * clamp(e^(t - logp) - (t - logp) - 1, -10, 10).
+    """
+
+    quantile: float = 0.01
+    min_p: float = 0.02
+    beta: float = 1.0
+
+    def __post_init__(self):
+        _check_number("quantile", self.quantile, 0.0, 1.0, above=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0, above=True)
+        _check_number("beta", self.beta, 0.0)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A policy objective, to be minimised.
+
+    shaping: PolarityWeights and TokenRules, multiplied in the order listed.
+    surrogate: Clip, Cispo, Sapo or Reinforce.
+    ratio_level: "token", or "sequence" for the ratio exp(mean over the rollout of logp - old) (GSPO, arXiv 2507.18071).
+    kl_coef, kl_estimator: coefficient and estimator (k1, k2, k3) of the KL term to the reference policy.
+    entropy_coef: coefficient of the entropy bonus.
+    low_probability: a MinPRegularizer, or None.
+    aggregation: one of AGGREGATIONS.
+    normalize_over: "all" tokens, or the "selected" ones: those that shaping did not drop.
+    """
+
+    shaping: tuple[PolarityWeights | TokenRule, ...] = ()
+    surrogate: Surrogate = field(default_factory=Clip)
+    ratio_level: str = "token"
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    low_probability: MinPRegularizer | None = None
+    aggregation: str = "token-mean"
+    normalize_over: str = "all"
+
+    def __post_init__(self):
+        object.__setattr__(self, "shaping", tuple(self.shaping))
+        for rule in self.shaping:
+            if not isinstance(rule, (PolarityWeights, TokenRule)):
+                raise TypeError(f"shaping takes PolarityWeights and TokenRule; got {type(rule).__name__}")
+        if not isinstance(self.surrogate, (Clip, Cispo, Sapo, Reinforce)):
+            raise TypeError(f"surrogate must be Clip, Cispo, Sapo or Reinforce; got {type(self.surrogate).__name__}")
+        _check_word("ratio_level", self.ratio_level, ("token", "sequence"))
+        _check_number("kl_coef", self.kl_coef, 0.0)
+        _check_word("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _check_number("entropy_coef", self.entropy_coef, -math.inf)
+        if self.low_probability is not None and not isinstance(self.low_probability, MinPRegularizer):
+            raise TypeError(f"low_probability must be a MinPRegularizer; got {type(self.low_probability).__name__}")
+        _check_word("aggregation", self.aggregation, AGGREGATIONS)
+        _check_word("normalize_over", self.normalize_over, ("all", "selected"))
+
+
+def _common(aggregation: str, options: dict, **fields) -> Objective:
+    """An Objective from a preset's fields and the overrides that every preset takes."""
+    known = {"kl_coef", "kl_estimator", "entropy_coef", "aggregation", "ratio_level"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"unexpected keyword {unknown[0]!r}; this preset also takes {', '.join(sorted(known))}")
+    return Objective(**{"aggregation": aggregation, **fields, **options})
+
+
+def _clipped(low: float, high: float, options: dict) -> Clip:
+    """The clip surrogate of a preset, its overrides taken out of `options`."""
+    given = {name: options.pop(name) for name in ("dual_clip", "delta") if name in options}
+    return Clip(options.pop("epsilon_low", low), options.pop("epsilon_high", high), **given)
+
+
+def grpo(**options) -> Objective:
+    """GRPO (DeepSeekMath, arXiv 2402.03300): clip .2/.2, k3 KL (coefficient 0 unless given), mean of rollout means.
+
+    Keywords, here and in every preset: kl_coef, kl_estimator, entropy_coef, aggregation, and (where the surrogate is the
+    clip) epsilon_low, epsilon_high, dual_clip, delta. Values out of range raise ValueError.
+    """
+    surrogate = _clipped(0.2, 0.2, options)
+    return _common("seq-mean-token-mean", options, surrogate=surrogate)
+
+
+def dr_grpo(**options) -> Objective:
+    """Dr. GRPO (arXiv 2503.20783): clip .2/.2, token sums over rollouts times max_length; advantages without the std."""
+    surrogate = _clipped(0.2, 0.2, options)
+    return _common("seq-mean-token-sum-norm", options, surrogate=surrogate)
+
+
+def dapo(**options) -> Objective:
+    """DAPO (arXiv 2503.14476): clip .2/.28, mean over tokens; dual clip off unless given."""
+    surrogate = _clipped(0.2, 0.28, options)
+    return _common("token-mean", options, surrogate=surrogate)
+
+
+def psr(**options) -> Objective:
+    """Positive-sample reinforcement (arXiv 2506.01347): rollouts of positive polarity alone, mean over their tokens."""
+    surrogate = _clipped(0.2, 0.2, options)
+    shaping = (PolarityWeights(1.0, 0.0, 0.0),)
+    return _common("token-mean", options, surrogate=surrogate, shaping=shaping, normalize_over="selected")
+
+
+def nsr(**options) -> Objective:
+    """Negative-sample reinforcement (arXiv 2506.01347): rollouts of negative polarity alone, mean over their tokens."""
+    surrogate = _clipped(0.2, 0.2, options)
+    shaping = (PolarityWeights(0.0, 1.0, 0.0),)
+    return _common("token-mean", options, surrogate=surrogate, shaping=shaping, normalize_over="selected")
+
+
+def w_reinforce(positive_weight: float = 0.1, negative_weight: float = 1.0, **options) -> Objective:
+    """W-REINFORCE (arXiv 2506.01347): positive rollouts weighed by lambda = 0.1, negative ones by 1."""
+    surrogate = _clipped(0.2, 0.2, options)
+    shaping = (PolarityWeights(positive_weight, negative_weight),)
+    return _common("token-mean", options, surrogate=surrogate, shaping=shaping)
+
+
+def fork_tokens(
+    ratio: float = 0.2, rounding: str = "floor", normalize_over: str = "selected", **options
+) -> Objective:
+    """Fork tokens (arXiv 2506.01939): DAPO on the `ratio` of tokens of highest current entropy in the batch.
+
+    The released code rounds up (`rounding="ceil"`) and divides by the selected tokens (`normalize_over="selected"`).
+    """
+    surrogate = _clipped(0.2, 0.28, options)
+    rule = TokenRule(
+        metric="entropy", source="current", side="high", ratio=ratio, rest_scale=0.0, scope="batch", rounding=rounding
+    )
+    return _common("token-mean", options, surrogate=surrogate, shaping=(rule,), normalize_over=normalize_over)
+
+
+def lp_reg(quantile: float = 0.01, min_p: float = 0.02, beta: float = 1.0, **options) -> Objective:
+    """Lp-Reg (arXiv 2510.03222, released code): plain clip 1.0/9.0 and the MinPRegularizer."""
+    surrogate = _clipped(1.0, 9.0, options)
+    return _common("token-mean", options, surrogate=surrogate, low_probability=MinPRegularizer(quantile, min_p, beta))
+
+
+def a3po(
+    rho: float = 2.0,
+    alpha: float = 0.005,
+    ratio: float = 0.2,
+    schedule: Schedule | None = None,
+    metric: str = "probability",
+    source: str = "old",
+    **options,
+) -> Objective:
+    """A3PO (arXiv 2512.21625): DAPO with adaptive, asymmetric token weights.
+
+    In a positive rollout the `ratio` of its tokens of lowest old probability, and in a negative rollout those of highest,
+    weigh beta(step) = max(1, rho - alpha * step); all other tokens weigh 1. rho = 2.0 is the released scripts' scale;
+    the paper gives no alpha that we could verify: the default 0.005 is ours. `schedule` replaces beta. With
+    metric="entropy" the positive rollouts' tokens of highest entropy and the negative ones' of lowest take those places.
+    """
+    beta = LinearDecay(rho, alpha) if schedule is None else schedule
+    unlikely, likely = ("low", "high") if metric == "probability" else ("high", "low")
+    shaping = tuple(
+        TokenRule(polarity, metric, source, side, ratio, beta) for polarity, side in ((1, unlikely), (-1, likely))
+    )
+    surrogate = _clipped(0.2, 0.28, options)
+    return _common("token-mean", options, surrogate=surrogate, shaping=shaping)
+
+
+def gspo(**options) -> Objective:
+    """GSPO (arXiv 2507.18071): clip .2/.2 on the rollout's ratio exp(mean(logp - old)), mean of rollout means."""
+    surrogate = _clipped(0.2, 0.2, options)
+    return _common("seq-mean-token-mean", options, surrogate=surrogate, ratio_level="sequence")
+
+
+def cispo(epsilon_high: float = 1.28, epsilon_low: float | None = None, **options) -> Objective:
+    """CISPO (arXiv 2506.13585): -sg(min(r, epsilon_high)) A logp, mean over tokens; no lower bound unless given."""
+    return _common("token-mean", options, surrogate=Cispo(epsilon_high, epsilon_low))
+
+
+def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, **options) -> Objective:
+    """SAPO (arXiv 2511.20347): -A (4 / tau) sigmoid(tau (r - 1)), mean of rollout means."""
+    return _common("seq-mean-token-mean", options, surrogate=Sapo(tau_positive, tau_negative))

@@ -1,0 +1,95 @@
+"""Log-probability of the targets among the tokens that min-p sampling keeps: Lp-Reg's proxy policy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from ._dispatch import (
+    INDEX_DTYPES,
+    LOGIT_DTYPES,
+    as_rows,
+    check_backend,
+    check_tensor,
+    check_transform,
+    compute_dtype,
+    device_guard,
+    triton_dtype,
+    uses_triton,
+)
+from ._token_kernels import min_p_kernel
+from .token_logprobs import check_targets, is_aligned, vector_width
+
+_BLOCK = 4096
+
+
+@torch.library.custom_op("a3po::min_p_token_logprobs", mutates_args=())
+def _min_p(
+    logits: Tensor, targets: Tensor, min_p: float, logit_scale: float, softcap: float, ignore_index: int, backend: str
+) -> Tensor:
+    """[N] of logits [batch, rows, V]; softcap 0 means none."""
+    if not uses_triton(backend, logits.device):
+        return torch_backend.min_p_token_logprobs(logits, targets, min_p, logit_scale, softcap, ignore_index)
+    out = torch.empty(targets.numel(), dtype=compute_dtype(logits.dtype), device=logits.device)
+    if targets.numel() == 0:
+        return out
+    with device_guard(logits):
+        min_p_kernel[(targets.numel(),)](
+            logits, targets, out, logits.shape[-1], logits.shape[1], logits.stride(0), logits.stride(1),
+            logits.stride(2), ignore_index, math.log2(min_p), logit_scale, softcap or 1.0,
+            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), VEC=vector_width(logits), BLOCK=_BLOCK,
+            COMPUTE=triton_dtype(logits.dtype), num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+@_min_p.register_fake
+def _(logits, targets, *_):
+    return logits.new_empty(targets.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+def min_p_token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    min_p: float = 0.02,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    validate: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability (nats) of each target among the tokens with p >= min_p * max p (Lp-Reg, arXiv 2510.03222).
+
+    p is the softmax after the scale and the softcap, before any temperature; what is kept is renormalised. Not
+    differentiable: the proxy is a constant of the objective.
+
+    Args:
+        logits: [..., V]; targets: [...]; softcap, logit_scale, ignore_index, validate, backend: as in token_logprobs.
+        min_p: kappa, in (0, 1].
+
+    Returns:
+        [...], fp32 (fp64 for fp64 logits): -inf for a filtered target, 0 where the target is ignored.
+
+    Raises:
+        ValueError, TypeError, IndexError: as token_logprobs does.
+    """
+    check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
+    check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
+    check_transform(1.0, softcap, logit_scale, targets.shape, logits.device)
+    check_backend(backend, logits.device)
+    if isinstance(min_p, bool) or not isinstance(min_p, (int, float)):
+        raise TypeError(f"min_p must be a number; got {type(min_p).__name__}")
+    if not 0 < min_p <= 1:
+        raise ValueError(f"min_p must lie in (0, 1]; got {min_p}")
+    check_targets(targets, logits.shape[-1], ignore_index, validate)
+    out = _min_p(
+        as_rows(logits.detach()), targets.reshape(-1), float(min_p), float(logit_scale), float(softcap or 0.0),
+        int(ignore_index), backend,
+    )  # fmt: skip
+    return out.view(targets.shape)

@@ -1,0 +1,264 @@
+"""Per-token log-probability and entropy of logits: one read forward, one read and one write backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import torch_backend
+from ._dispatch import (
+    INDEX_DTYPES,
+    LOGIT_DTYPES,
+    as_rows,
+    check_backend,
+    check_tensor,
+    check_transform,
+    compute_dtype,
+    device_guard,
+    triton_dtype,
+    uses_triton,
+)
+from ._token_kernels import finish_statistics_kernel, logits_gradient_kernel, partial_statistics_kernel
+
+# Columns of one program: a function of nothing but this constant and V, for batch invariance.
+SPLIT = 32768
+_LANES = 256
+_FINISH_ROWS = 128
+_GRADIENT_BLOCK = 4096
+
+
+class TokenStats(NamedTuple):
+    """Log-probability of each target and entropy of each distribution (nats), fp32 (fp64 for fp64 logits)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def vector_width(logits: Tensor) -> int:
+    """Elements of a 16-byte load."""
+    return 16 // logits.element_size()
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether every row of [batch, rows, V] starts on 16 bytes, so that loads can be 128 bits wide."""
+    return all(
+        x.data_ptr() % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0 and (x.stride(1) * x.element_size()) % 16 == 0
+        for x in tensors
+    )
+
+
+def temperature_arguments(temperature: Tensor | None) -> tuple[Tensor | None, int]:
+    """The pointer and the stride of a per-token (or, with stride 0, a 0-d) temperature."""
+    return temperature, 0 if temperature is None or temperature.ndim == 0 else temperature.stride(0)
+
+
+@torch.library.custom_op("a3po::token_statistics", mutates_args=())
+def _token_statistics(
+    logits: Tensor, targets: Tensor, temperature: Tensor | None, temperature_value: float, logit_scale: float,
+    softcap: float, ignore_index: int, inplace_backward: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logp, entropy, shift, log2_sum) [N] of logits [batch, rows, V]; softcap 0 means none.
+
+    shift and log2_sum are the softmax statistics that the same backend's gradient reads.
+    """
+    if not uses_triton(backend, logits.device):
+        return torch_backend.token_statistics(
+            logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index
+        )
+    rows, columns = targets.numel(), logits.shape[-1]
+    dtype = compute_dtype(logits.dtype)
+    outputs = tuple(torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(4))
+    if rows == 0:
+        return outputs
+    splits = triton.cdiv(columns, SPLIT)
+    partial = torch.empty((splits, 3, rows), dtype=dtype, device=logits.device)
+    pointer, stride = temperature_arguments(temperature)
+    shared = (
+        rows, columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2), stride, ignore_index,
+        temperature_value, logit_scale, softcap or 1.0,
+    )  # fmt: skip
+    compute = triton_dtype(logits.dtype)
+    with device_guard(logits):
+        partial_statistics_kernel[(rows, splits)](
+            logits, targets, pointer, partial, *shared,
+            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), SPLIT=SPLIT, LANES=_LANES, VEC=vector_width(logits),
+            COMPUTE=compute, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
+            logits, targets, pointer, partial, *outputs, *shared,
+            HAS_SOFTCAP=bool(softcap), SPLITS=splits, ROWS=_FINISH_ROWS, COMPUTE=compute, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return outputs
+
+
+@_token_statistics.register_fake
+def _(logits, targets, *_):
+    return tuple(logits.new_empty(targets.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(4))
+
+
+def _write_gradient(
+    out: Tensor, logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
+    logit_scale: float, softcap: float, ignore_index: int, backend: str,
+) -> None:  # fmt: skip
+    if not uses_triton(backend, logits.device):
+        torch_backend.logits_gradient(
+            out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy,
+            temperature, temperature_value, logit_scale, softcap, ignore_index,
+        )  # fmt: skip
+        return
+    rows, columns = targets.numel(), logits.shape[-1]
+    if rows == 0:
+        return
+    pointer, stride = temperature_arguments(temperature)
+    with device_guard(logits):
+        logits_gradient_kernel[(rows, triton.cdiv(columns, _GRADIENT_BLOCK))](
+            logits, targets, pointer, shift, log_sum, entropy, grad_logp, grad_entropy, out,
+            columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
+            out.stride(0), out.stride(1), out.stride(2), stride,
+            0 if grad_logp is None else grad_logp.stride(0), 0 if grad_entropy is None else grad_entropy.stride(0),
+            ignore_index, temperature_value, logit_scale, softcap or 1.0,
+            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
+            BLOCK=_GRADIENT_BLOCK, COMPUTE=triton_dtype(logits.dtype), num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("a3po::logits_gradient", mutates_args=())
+def _logits_gradient(
+    logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
+    logit_scale: float, softcap: float, ignore_index: int, backend: str,
+) -> Tensor:  # fmt: skip
+    """dL/dz as a new contiguous tensor, from the incoming gradients [N] of logp and entropy (either may be absent)."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _write_gradient(
+        out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy,
+        temperature, temperature_value, logit_scale, softcap, ignore_index, backend,
+    )  # fmt: skip
+    return out
+
+
+@_logits_gradient.register_fake
+def _(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("a3po::logits_gradient_", mutates_args=("logits",))
+def _logits_gradient_(
+    logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
+    logit_scale: float, softcap: float, ignore_index: int, backend: str,
+) -> None:  # fmt: skip
+    """The same, written over the logits."""
+    _write_gradient(
+        logits, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy,
+        temperature, temperature_value, logit_scale, softcap, ignore_index, backend,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index, inplace, backend = inputs
+    _, entropy, shift, log_sum = output
+    ctx.save_for_backward(logits, targets, temperature, shift, log_sum, entropy)
+    ctx.mark_non_differentiable(shift, log_sum)
+    ctx.set_materialize_grads(False)
+    ctx.transform = (temperature_value, logit_scale, softcap, ignore_index, backend)
+    ctx.inplace = inplace
+
+
+def _backward(ctx, grad_logp, grad_entropy, *_):
+    logits, targets, temperature, shift, log_sum, entropy = ctx.saved_tensors
+    nothing = (None,) * 8
+    if not ctx.needs_input_grad[0] or (grad_logp is None and grad_entropy is None):
+        return None, *nothing
+    arguments = (targets, shift, log_sum, entropy, grad_logp, grad_entropy, temperature, *ctx.transform)
+    if not ctx.inplace:
+        return _logits_gradient(logits, *arguments), *nothing
+    _logits_gradient_(logits, *arguments)
+    return logits, *nothing
+
+
+_token_statistics.register_autograd(_backward, setup_context=_setup_context)
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    validate: bool = False,
+    backend: str = "auto",
+) -> TokenStats:
+    """Log-probability of each target and entropy of each distribution, both differentiable in the logits.
+
+    With y = logit_scale * logits, u = softcap * tanh(y / softcap) (u = y without one) and x = u / temperature:
+    logp = x[target] - log sum exp x and H = -sum p log p, in nats. Statistics are fp32, or fp64 for fp64 logits.
+
+    Args:
+        logits: [..., V], fp16, bf16, fp32 or fp64, any strides; row i predicts targets[i] (nothing is shifted).
+        targets: [...], int32 or int64. A row whose target is `ignore_index` is not computed: logp = H = 0, gradient 0.
+        temperature: a number, a 0-d tensor, or one per token [...].
+        softcap: bound of a tanh softcap, or None.
+        logit_scale: multiplies the logits before the softcap.
+        inplace_backward: lets backward write the gradient over the logits. It saves a tensor of the logits' size; the
+            logits are spoilt afterwards (autograd notices if something else still needed them).
+        validate: on a GPU also check values, not only shapes; this synchronises with the host. The CPU always checks.
+        backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
+
+    Returns:
+        TokenStats(logprobs, entropy), each [...]. A logit of -inf has p = 0 and gradient 0. A row with NaN, with +inf
+        or with nothing but -inf gives NaN; on a GPU so does a target outside the vocabulary.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
+        IndexError: a target outside the vocabulary, on the CPU or with `validate`.
+        RuntimeError: on a double backward, which is not implemented.
+    """
+    check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
+    check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
+    check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)
+    check_backend(backend, logits.device)
+    if inplace_backward and logits.requires_grad:
+        check_no_overlap(logits)
+    check_targets(targets, logits.shape[-1], ignore_index, validate)
+    return token_logprobs_unchecked(
+        logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend
+    )
+
+
+def token_logprobs_unchecked(logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend):
+    """token_logprobs after its checks."""
+    tensor = temperature if isinstance(temperature, Tensor) else None
+    if tensor is not None and tensor.ndim:
+        tensor = tensor.reshape(-1)
+    logp, entropy, _, _ = _token_statistics(
+        as_rows(logits), targets.reshape(-1), tensor, 1.0 if tensor is not None else float(temperature),
+        float(logit_scale), float(softcap or 0.0), int(ignore_index), inplace_backward, backend,
+    )  # fmt: skip
+    return TokenStats(logp.view(targets.shape), entropy.view(targets.shape))
+
+
+def check_targets(targets: Tensor, vocabulary: int, ignore_index: int, validate: bool) -> None:
+    """Raises IndexError for a target outside the vocabulary, where reading values is allowed."""
+    if torch.compiler.is_compiling() or (targets.device.type != "cpu" and not validate):
+        return
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if bool(bad.any()):
+        value = int(targets[bad][0])
+        raise IndexError(f"targets must lie in [0, {vocabulary}) or be ignore_index ({ignore_index}); got {value}")
+
+
+def check_no_overlap(logits: Tensor) -> None:
+    """Raises ValueError where an in-place gradient would write one address for two rows."""
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"inplace_backward needs logits that own every element; got strides {logits.stride()}")

@@ -1,0 +1,98 @@
+"""Schedules of a scale over training steps: any callable step -> value works; these are the usual ones.
+
+A step may be a number or a 0-d device tensor; the value is then a float or a 0-d tensor, and nothing is read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+Value = Union[float, Tensor]
+Schedule = Callable[[Value], Value]
+
+
+def _check_finite(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be finite and at least 0; got {value}")
+
+
+def _at_least(value: Value, minimum: float) -> Value:
+    return value.clamp(min=minimum) if isinstance(value, Tensor) else max(float(value), minimum)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step."""
+
+    value: float
+
+    def __post_init__(self):
+        _check_finite(value=self.value)
+
+    def __call__(self, step: Value) -> Value:
+        return self.value
+
+
+@dataclass(frozen=True)
+class LinearDecay:
+    """max(minimum, start - rate * step), A3PO's schedule (arXiv 2512.21625): beta(step) = max(1, rho - alpha * step).
+
+    start is rho, 2.0 as in the released scripts. rate is alpha; the paper gives no value that we could verify, and the
+    default 0.005 is ours.
+    """
+
+    start: float = 2.0
+    rate: float = 0.005
+    minimum: float = 1.0
+
+    def __post_init__(self):
+        _check_finite(start=self.start, rate=self.rate, minimum=self.minimum)
+
+    def __call__(self, step: Value) -> Value:
+        return _at_least(self.start - self.rate * step, self.minimum)
+
+
+@dataclass(frozen=True)
+class ExponentialDecay:
+    """minimum + (start - minimum) * exp(-rate * step)."""
+
+    start: float = 2.0
+    rate: float = 0.005
+    minimum: float = 1.0
+
+    def __post_init__(self):
+        _check_finite(start=self.start, rate=self.rate, minimum=self.minimum)
+
+    def __call__(self, step: Value) -> Value:
+        decay = torch.exp(-self.rate * step) if isinstance(step, Tensor) else math.exp(-self.rate * step)
+        return self.minimum + (self.start - self.minimum) * decay
+
+
+@dataclass(frozen=True)
+class CosineDecay:
+    """From start at step 0 to minimum at `steps` and after, along half a cosine."""
+
+    start: float = 2.0
+    steps: int = 200
+    minimum: float = 1.0
+
+    def __post_init__(self):
+        _check_finite(start=self.start, steps=self.steps, minimum=self.minimum)
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+
+    def __call__(self, step: Value) -> Value:
+        if isinstance(step, Tensor):
+            wave = torch.cos(math.pi * (step / self.steps).clamp(0.0, 1.0))
+        else:
+            wave = math.cos(math.pi * min(max(step / self.steps, 0.0), 1.0))
+        return self.minimum + (self.start - self.minimum) * 0.5 * (1.0 + wave)
