@@ -69,12 +69,9 @@ def exponent_floor(COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def softcap_slope(u, softcap, HAS_SOFTCAP: tl.constexpr):
+def softcap_slope(u, softcap):
     """d softcapped / d y, written in the capped value u."""
-    if HAS_SOFTCAP:
-        return tl.where(tl.abs(u) < float("inf"), 1.0 - (u / softcap) * (u / softcap), 1.0)
-    else:
-        return 1.0
+    return tl.where(tl.abs(u) < float("inf"), 1.0 - (u / softcap) * (u / softcap), 1.0)
 
 
 @triton.jit

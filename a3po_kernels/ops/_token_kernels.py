@@ -1,13 +1,14 @@
 """Triton kernels of the token statistics: softmax statistics of a row, the gradient of its logits, min-p log-probs.
 
-Exponents are in base 2: with u the capped logit and k = log2(e) / temperature, y = k * u and p = 2^(y - shift) / sum.
+Exponents are in base 2: with u the capped logit and k = log2(e) / temperature (times the logit scale
+where no softcap stands between), y = k * u and p = 2^(y - shift) / sum.
 The pair (shift, log2 sum) is kept rather than their sum, which would cost p its low digits when logits are large.
 """
 
 import triton
 import triton.language as tl
 
-from ._math import LN2, LOG2E, LOWEST, clamp_min, exponent_floor, load_capped, merge_statistics, softcap_slope
+from ._math import LN2, LOWEST, clamp_min, exponent_floor, load_capped, merge_statistics, softcap_slope
 
 # Run-time values of a step: none of them may make a new kernel. Alignment is the flag ALIGNED instead.
 _RUN_TIME = [
@@ -18,26 +19,21 @@ _RUN_TIME = [
 
 @triton.jit
 def _row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNED: tl.constexpr, VEC: tl.constexpr):
-    """Offset of a row of logits [batch, rows_per_batch, columns], in 64 bits."""
-    offset = (row // rows_per_batch) * batch_stride + (row % rows_per_batch) * row_stride
+    """Offset of a row of logits [batch, rows_per_batch, columns], in 64 bits; the division needs only 32."""
+    batch = row // rows_per_batch
+    offset = batch.to(tl.int64) * batch_stride + (row - batch * rows_per_batch).to(tl.int64) * row_stride
     if ALIGNED:
         offset = tl.multiple_of(offset, VEC)
     return offset
 
 
 @triton.jit
-def _exponent_scale(
-    temperature_ptr, temperature_stride, row, temperature, logit_scale,
-    HAS_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """k with y = k * u: log2(e) / temperature, times the logit scale where no softcap stands between."""
-    if temperature_ptr is None:
-        k = LOG2E / tl.full((), temperature, tl.float64)
-    else:
-        k = LOG2E / tl.load(temperature_ptr + row * temperature_stride).to(tl.float64)
-    if not HAS_SOFTCAP:
-        k = k * logit_scale
-    return k.to(COMPUTE)
+def _exponent_scale(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE: tl.constexpr):
+    """k with y = k * u; a temperature tensor divides what the host knows of it."""
+    k = tl.full((), exponent_scale, COMPUTE)
+    if temperature_ptr is not None:
+        k = k / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride).to(COMPUTE)
+    return k
 
 
 @triton.jit
@@ -65,9 +61,9 @@ def _fold(m, total, dot, u0, u1, k, COMPUTE: tl.constexpr):
 @triton.jit(do_not_specialize=_RUN_TIME)
 def partial_statistics_kernel(
     logits_ptr, targets_ptr, temperature_ptr, partial_ptr,
-    n_rows: tl.int64, n_columns, rows_per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
+    n_rows: tl.int64, n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     temperature_stride: tl.int64, ignore_index: tl.int64,
-    temperature: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
+    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
     HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -75,16 +71,17 @@ def partial_statistics_kernel(
 
     The split depends on the vocabulary alone, so a row's bits do not depend on which rows share the batch.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row32 = tl.program_id(0)
+    row = row32.to(tl.int64)
     split = tl.program_id(1)
     if tl.load(targets_ptr + row).to(tl.int64) == ignore_index:
         return
-    k = _exponent_scale(temperature_ptr, temperature_stride, row, temperature, logit_scale, HAS_SOFTCAP, COMPUTE)
+    k = _exponent_scale(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
     scale = tl.full((), logit_scale, COMPUTE)
     cap = tl.full((), softcap, COMPUTE)
     start = split * SPLIT
     stop = tl.minimum(start + SPLIT, n_columns)
-    base = logits_ptr + _row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
+    base = logits_ptr + _row_offset(row32, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
     half: tl.constexpr = LANES * VEC
     columns = (tl.arange(0, LANES) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
     offsets = columns.to(tl.int64) * column_stride
@@ -117,9 +114,9 @@ def partial_statistics_kernel(
 @triton.jit(do_not_specialize=_RUN_TIME)
 def finish_statistics_kernel(
     logits_ptr, targets_ptr, temperature_ptr, partial_ptr, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr,
-    n_rows: tl.int64, n_columns, rows_per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
+    n_rows: tl.int64, n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     temperature_stride: tl.int64, ignore_index: tl.int64,
-    temperature: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
+    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
     HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Merges the parts of ROWS rows in the order of the vocabulary and reads their target logits."""
@@ -127,13 +124,9 @@ def finish_statistics_kernel(
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=0).to(tl.int64)
     active = inside & (targets != ignore_index)
-    if temperature_ptr is None:
-        k = LOG2E / tl.full((ROWS,), temperature, tl.float64)
-    else:
-        k = LOG2E / tl.load(temperature_ptr + rows * temperature_stride, mask=active, other=1.0).to(tl.float64)
-    if not HAS_SOFTCAP:
-        k = k * logit_scale
-    k = k.to(COMPUTE)
+    k = tl.full((ROWS,), exponent_scale, COMPUTE)
+    if temperature_ptr is not None:
+        k = k / tl.load(temperature_ptr + rows * temperature_stride, mask=active, other=1.0).to(COMPUTE)
 
     shift = tl.full((ROWS,), LOWEST, COMPUTE)
     total = tl.zeros((ROWS,), COMPUTE)
@@ -153,7 +146,7 @@ def finish_statistics_kernel(
     target = load_capped(
         logits_ptr + offset, known, tl.full((), logit_scale, COMPUTE), tl.full((), softcap, COMPUTE), True, HAS_SOFTCAP, COMPUTE
     )
-    logp = (tl.fma(target, tl.zeros_like(target) + k, tl.zeros_like(target) - shift) - log_sum) * LN2
+    logp = (tl.fma(target, k, -shift) - log_sum) * LN2
     # The shift is rounded, so the largest exponent may pass 0 by that rounding.
     logp = tl.where(known, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), float("nan"))
     entropy = clamp_min((log_sum - dot / total) * LN2, 0.0)
@@ -174,23 +167,24 @@ def _load_coefficient(pointer, stride, row, COMPUTE: tl.constexpr):
 @triton.jit(do_not_specialize=_RUN_TIME)
 def logits_gradient_kernel(
     logits_ptr, targets_ptr, temperature_ptr, shift_ptr, log_sum_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
-    grad_ptr, n_columns, rows_per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
+    grad_ptr, n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     grad_batch_stride: tl.int64, grad_row_stride: tl.int64, grad_column_stride, temperature_stride: tl.int64,
     grad_logp_stride: tl.int64, grad_entropy_stride: tl.int64, ignore_index: tl.int64,
-    temperature: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
+    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
     HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of BLOCK columns of one row. Grid (rows, ceil(columns / BLOCK)); grad may be the logits themselves.
 
     A row whose coefficients are both zero is written without being read.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row32 = tl.program_id(0)
+    row = row32.to(tl.int64)
     first = tl.program_id(1) * BLOCK
     columns = first + tl.arange(0, BLOCK)
     mask = columns < n_columns
     offsets = tl.arange(0, BLOCK).to(tl.int64)
     start = tl.cast(first, tl.int64)
-    out = grad_ptr + _row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNED, VEC)
+    out = grad_ptr + _row_offset(row32, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNED, VEC)
     out += start * grad_column_stride + offsets * grad_column_stride
 
     target = tl.load(targets_ptr + row).to(tl.int64)
@@ -199,48 +193,50 @@ def logits_gradient_kernel(
     if (target == ignore_index) | ((grad_logp == 0.0) & (grad_entropy == 0.0)):
         tl.store(out, tl.zeros((BLOCK,), COMPUTE).to(grad_ptr.dtype.element_ty), mask=mask)
     else:
-        k = _exponent_scale(temperature_ptr, temperature_stride, row, temperature, logit_scale, HAS_SOFTCAP, COMPUTE)
+        k = _exponent_scale(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
         cap = tl.full((), softcap, COMPUTE)
-        base = logits_ptr + _row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
+        base = logits_ptr + _row_offset(row32, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
         pointers = base + start * column_stride + offsets * column_stride
         u = load_capped(pointers, mask, tl.full((), logit_scale, COMPUTE), cap, True, HAS_SOFTCAP, COMPUTE)
-        t = tl.fma(u, tl.zeros_like(u) + k, tl.zeros_like(u) - tl.load(shift_ptr + row)) - tl.load(log_sum_ptr + row)
-        if grad_entropy_ptr is None:
-            grad = -grad_logp * tl.exp2(t)
-        else:
-            t = clamp_min(t, exponent_floor(COMPUTE))
-            entropy = tl.load(entropy_ptr + row)
-            grad = -tl.exp2(t) * tl.fma(t, tl.zeros_like(t) + grad_entropy * LN2, grad_logp + grad_entropy * entropy)
-        grad = tl.where(columns == target, grad + grad_logp, grad)
+        t = tl.fma(u, tl.zeros_like(u) + k, tl.zeros_like(u) - tl.load(shift_ptr + row))
         # d u / d z and d x / d u: k carries the temperature and, without a softcap, the logit scale too.
         slope = k * LN2
         if HAS_SOFTCAP:
             slope = slope * tl.full((), logit_scale, COMPUTE)
-        grad = grad * slope * softcap_slope(u, cap, HAS_SOFTCAP)
+        log_sum = tl.load(log_sum_ptr + row)
+        # Per row rather than per element: p = 2^t / sum, and log p + H = ln2 * (t - log2 sum) + H.
+        weight = -slope * tl.exp2(-log_sum)
+        if grad_entropy_ptr is None:
+            grad = (weight * grad_logp) * tl.exp2(t)
+        else:
+            t = clamp_min(t, exponent_floor(COMPUTE))
+            constant = weight * (grad_logp + grad_entropy * (tl.load(entropy_ptr + row) - LN2 * log_sum))
+            grad = tl.exp2(t) * tl.fma(t, tl.zeros_like(t) + weight * grad_entropy * LN2, tl.zeros_like(t) + constant)
+        grad = tl.where(columns == target, grad + grad_logp * slope, grad)
+        if HAS_SOFTCAP:
+            grad = grad * softcap_slope(u, cap)
         tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def min_p_kernel(
     logits_ptr, targets_ptr, out_ptr,
-    n_columns, rows_per_batch: tl.int64, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
-    ignore_index: tl.int64, log2_min_p: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
+    n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
+    ignore_index: tl.int64, log2_min_p: tl.float64, exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
     HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of the target among the tokens with p >= min_p * max p. Grid (rows,); two reads of the row."""
-    row = tl.program_id(0).to(tl.int64)
+    row32 = tl.program_id(0)
+    row = row32.to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if target == ignore_index:
         tl.store(out_ptr + row, 0.0)
         return
     scale = tl.full((), logit_scale, COMPUTE)
     cap = tl.full((), softcap, COMPUTE)
-    k = tl.full((), LOG2E, tl.float64)
-    if not HAS_SOFTCAP:
-        k = k * logit_scale
-    k = k.to(COMPUTE)
+    k = tl.full((), exponent_scale, COMPUTE)
     floor = tl.full((), log2_min_p, COMPUTE)
-    base = logits_ptr + _row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
+    base = logits_ptr + _row_offset(row32, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
     columns = tl.arange(0, BLOCK)
     offsets = columns.to(tl.int64) * column_stride
 

@@ -67,8 +67,8 @@ def select_kernel(
     else:
         prefix = tl.full((), 0, tl.uint32)
     left = k
-    for step in tl.static_range(DIGITS):
-        down: tl.constexpr = 4 * (DIGITS - 1 - step)
+    for step in range(DIGITS):
+        down = 4 * (DIGITS - 1 - step)
         histogram = tl.zeros((16,), tl.int32)
         for first in range(start, stop, BLOCK):
             at = first + lanes

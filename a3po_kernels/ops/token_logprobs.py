@@ -27,7 +27,8 @@ from ._token_kernels import finish_statistics_kernel, logits_gradient_kernel, pa
 SPLIT = 32768
 _LANES = 256
 _FINISH_ROWS = 128
-_GRADIENT_BLOCK = 4096
+# Bytes of a row that one program of the gradient writes.
+_GRADIENT_BYTES = 16384
 
 
 class TokenStats(NamedTuple):
@@ -55,6 +56,11 @@ def temperature_arguments(temperature: Tensor | None) -> tuple[Tensor | None, in
     return temperature, 0 if temperature is None or temperature.ndim == 0 else temperature.stride(0)
 
 
+def exponent_scale(temperature: float, logit_scale: float, softcap: float) -> float:
+    """k with y = k * u the base-2 exponents: the logit scale is in it where no softcap stands between."""
+    return (torch_backend.LOG2E if softcap else torch_backend.LOG2E * logit_scale) / temperature
+
+
 @torch.library.custom_op("a3po::token_statistics", mutates_args=())
 def _token_statistics(
     logits: Tensor, targets: Tensor, temperature: Tensor | None, temperature_value: float, logit_scale: float,
@@ -78,7 +84,7 @@ def _token_statistics(
     pointer, stride = temperature_arguments(temperature)
     shared = (
         rows, columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2), stride, ignore_index,
-        temperature_value, logit_scale, softcap or 1.0,
+        exponent_scale(temperature_value, logit_scale, softcap), logit_scale, softcap or 1.0,
     )  # fmt: skip
     compute = triton_dtype(logits.dtype)
     with device_guard(logits):
@@ -115,15 +121,16 @@ def _write_gradient(
     if rows == 0:
         return
     pointer, stride = temperature_arguments(temperature)
+    block = _GRADIENT_BYTES // logits.element_size()
     with device_guard(logits):
-        logits_gradient_kernel[(rows, triton.cdiv(columns, _GRADIENT_BLOCK))](
+        logits_gradient_kernel[(rows, triton.cdiv(columns, block))](
             logits, targets, pointer, shift, log_sum, entropy, grad_logp, grad_entropy, out,
             columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
             out.stride(0), out.stride(1), out.stride(2), stride,
             0 if grad_logp is None else grad_logp.stride(0), 0 if grad_entropy is None else grad_entropy.stride(0),
-            ignore_index, temperature_value, logit_scale, softcap or 1.0,
+            ignore_index, exponent_scale(temperature_value, logit_scale, softcap), logit_scale, softcap or 1.0,
             HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
-            BLOCK=_GRADIENT_BLOCK, COMPUTE=triton_dtype(logits.dtype), num_warps=8, enable_fp_fusion=True,
+            BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
 
 

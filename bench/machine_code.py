@@ -1,0 +1,250 @@
+"""Registers, spills, loads, barriers and instructions per element of every kernel, read from its machine code.
+
+Kernels are compiled ahead of time as the launcher would compile them; no GPU is needed.
+
+    python -m bench.machine_code [target ...]
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton.language as tl
+from triton import compile as triton_compile
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from a3po_kernels.ops import _token_kernels
+from a3po_kernels.ops import min_p as min_p_op
+from a3po_kernels.ops import select_tokens, surrogate, token_logprobs
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_LENGTHS = ("n_rows", "rows_per_batch", "n_rollouts", "numerator", "denominator", "at_least", "required", "ignore_index")
+_FP64 = (
+    "exponent_scale", "logit_scale", "softcap", "log2_min_p", "low", "high", "dual_clip", "delta", "tau_positive",
+    "tau_negative", "kl_coef", "entropy_coef", "beta",
+)  # fmt: skip
+_POINTERS = {
+    "targets_ptr": "*i64", "offsets_ptr": "*i64", "tokens_ptr": "*i1", "replaced_ptr": "*i1", "selected_ptr": "*i1",
+    "eligible_ptr": "*i8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration; `elements` is what one trip of its hot loop (or one program) handles, per thread."""
+
+    name: str
+    kernel: object
+    constants: dict
+    elements: int
+    dtype: str = "bf16"
+    num_warps: int = 4
+
+    def signature(self) -> dict[str, str]:
+        types = {}
+        for name in self.kernel.arg_names:
+            if name in self.constants:
+                types[name] = "constexpr"
+            elif name in ("logits_ptr", "grad_ptr"):
+                types[name] = f"*{self.dtype}"
+            elif name.endswith("_ptr"):
+                default = "*i8" if self.kernel is select_tokens.select_kernel and name == "out_ptr" else "*fp32"
+                types[name] = _POINTERS.get(name, default)
+            elif name in _FP64:
+                types[name] = "fp64"
+            else:
+                types[name] = "i32" if name in ("n_columns", "n_rollouts", "rows_per_batch") else "i64"
+        return types
+
+
+def _vocabulary_case(name: str, kernel, elements: int, num_warps: int, dtype: str = "bf16", **constants) -> Case:
+    size = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[dtype]
+    defaults = {
+        "temperature_ptr": None, "column_stride": 1, "grad_column_stride": 1, "HAS_SOFTCAP": False, "ALIGNED": True,
+        "SPLIT": token_logprobs.SPLIT, "LANES": token_logprobs._LANES, "VEC": 16 // size, "SPLITS": 5,
+        "ROWS": token_logprobs._FINISH_ROWS, "BLOCK": token_logprobs._GRADIENT_BYTES // size,
+        "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
+    }  # fmt: skip
+    merged = {key: value for key, value in {**defaults, **constants}.items() if key in kernel.arg_names}
+    return Case(name, kernel, merged, elements, dtype, num_warps)
+
+
+def _terms_case(name: str, **constants) -> Case:
+    absent = dict.fromkeys(("reference_ptr", "importance_ptr", "proxy_ptr", "replaced_ptr", "d_entropy_ptr"))
+    defaults = {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32}
+    return Case(name, surrogate.policy_terms_kernel, {**absent, **defaults, **constants}, surrogate._BLOCK // 128)
+
+
+def cases() -> list[Case]:
+    """Every kernel, in the configurations that matter for speed or that could spill."""
+    forward, gradient = _token_kernels.partial_statistics_kernel, _token_kernels.logits_gradient_kernel
+    finish, min_p = _token_kernels.finish_statistics_kernel, _token_kernels.min_p_kernel
+    lanes, tile = token_logprobs._LANES, token_logprobs._GRADIENT_BYTES // 256
+    select = {"HIGH": False, "CEIL": False, "DIGITS": 8, "BLOCK": select_tokens._BLOCK}
+    sums = {"SEQUENCE": True, "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32}
+    return [
+        _vocabulary_case("statistics bf16", forward, 2 * lanes * 8 // 128, 4),
+        _vocabulary_case("statistics bf16 softcap", forward, 2 * lanes * 8 // 128, 4, HAS_SOFTCAP=True),
+        _vocabulary_case("statistics fp32", forward, 2 * lanes * 4 // 128, 4, "fp32"),
+        _vocabulary_case("statistics fp64", forward, 2 * lanes * 2 // 128, 4, "fp64"),
+        _vocabulary_case("statistics bf16 unaligned", forward, 2 * lanes * 8 // 128, 4, ALIGNED=False),
+        _vocabulary_case("finish bf16", finish, 1, 4),
+        _vocabulary_case("gradient bf16", gradient, tile // 2, 8, grad_entropy_ptr=None),
+        _vocabulary_case("gradient bf16 entropy", gradient, tile // 2, 8),
+        _vocabulary_case("gradient bf16 entropy softcap", gradient, tile // 2, 8, HAS_SOFTCAP=True),
+        _vocabulary_case("gradient fp32 entropy", gradient, tile // 4, 8, "fp32"),
+        _vocabulary_case("gradient fp64 entropy", gradient, tile // 8, 8, "fp64"),
+        _vocabulary_case("min-p bf16", min_p, min_p_op._BLOCK // 128, 4, BLOCK=min_p_op._BLOCK),
+        Case("select fp32", select_tokens.select_kernel, select, select_tokens._BLOCK // 128),
+        Case("rollout sums", surrogate.rollout_sums_kernel, sums, surrogate._BLOCK // 128),
+        _terms_case("terms clip"),
+        _terms_case("terms clip sequence", SEQUENCE=True),
+        _terms_case("terms cispo", KIND="cispo"),
+        _terms_case("terms sapo", KIND="sapo"),
+        Case(
+            "terms everything", surrogate.policy_terms_kernel,
+            {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32},
+            surrogate._BLOCK // 128,
+        ),
+    ]  # fmt: skip
+
+
+def compile_case(case: Case, target: str):
+    """Compiles a case; pointers are 16-byte aligned, and so is the vocabulary where the case says ALIGNED."""
+    kernel, types = case.kernel, case.signature()
+    attributes = {}
+    for position, name in enumerate(kernel.arg_names):
+        aligned = types[name].startswith("*") or (name == "n_columns" and case.constants.get("ALIGNED", True))
+        if types[name] != "constexpr" and aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constexprs=case.constants, attrs=attributes)
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": True}
+    return triton_compile(source, target=TARGETS[target], options=options)
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the machine code of one kernel shows. Loop figures are those of its longest innermost loop (0 without)."""
+
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    widest_load: int
+    barriers_in_loop: int
+    loop_instructions: int
+    per_element: float
+
+
+def inspect(case: Case, target: str) -> MachineCode:
+    """Compiles a case and reads its machine code."""
+    compiled = compile_case(case, target)
+    read = _read_amd if target.startswith("gfx") else _read_nvidia
+    return read(case, compiled)
+
+
+def _innermost(code: list[tuple[str, str]], labels: dict[str, int], is_branch) -> list[str]:
+    """The instructions of the longest loop that holds no other loop."""
+    loops = []
+    for position, (name, operands) in enumerate(code):
+        if is_branch(name):
+            target = next((labels[label] for label in re.findall(r"[.\w$]+", operands) if label in labels), None)
+            if target is not None and target < position:
+                loops.append((target, position))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    if not inner:
+        return []
+    start, stop = max(inner, key=lambda loop: loop[1] - loop[0])
+    return [name for name, _ in code[start : stop + 1]]
+
+
+def _figures(case: Case, code, labels, is_branch, barrier: str, widths) -> dict:
+    loop = _innermost(code, labels, is_branch)
+    names = [name for name, _ in code]
+    counted = loop or names
+    return {
+        "instructions": len(names),
+        "widest_load": max((width for name in names for pattern, width in widths if re.match(pattern, name)), default=0),
+        "barriers_in_loop": sum(name.startswith(barrier) for name in loop),
+        "loop_instructions": len(loop),
+        "per_element": len(counted) / case.elements,
+    }
+
+
+def _read_nvidia(case: Case, compiled) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+
+        def tool(path: str, *arguments: str) -> str:
+            return subprocess.run([path, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+
+        text = tool(knobs.nvidia.nvdisasm.path, "-c")
+        usage = tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    # The function's own line: a library routine of its own name may follow.
+    resources = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    code, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]+)(.*);", line):
+            code.append((instruction[1], instruction[2]))
+    while code and code[-1][0] in ("NOP", "BRA"):
+        code.pop()
+    widths = ((r"LDG\.E\.128", 128), (r"LDG\.E\.64", 64), (r"LDG\.E\.U16", 16), (r"LDG\.E$", 32))
+    figures = _figures(case, code, labels, lambda name: name == "BRA", "BAR", widths)
+    spills = int(resources["STACK"]) + int(resources["LOCAL"])
+    return MachineCode(int(resources["REG"]), spills, compiled.metadata.shared, **figures)
+
+
+def _read_amd(case: Case, compiled) -> MachineCode:
+    text = compiled.asm["amdgcn"]
+
+    def metadata(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+
+    code, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\t([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+)\b(.*)", line):
+            code.append((instruction[1], instruction[2]))
+    widths = ((r"(global|buffer)_load_dwordx4", 128), (r"(global|buffer)_load_dwordx2", 64), (r"global_load_dword$", 32))
+    figures = _figures(case, code, labels, lambda name: name.startswith(("s_cbranch", "s_branch")), "s_barrier", widths)
+    spills = metadata("vgpr_spill_count") + metadata("sgpr_spill_count")
+    return MachineCode(metadata("vgpr_count"), spills, compiled.metadata.shared, **figures)
+
+
+def main(targets: list[str]) -> None:
+    header = ("kernel", "target", "registers", "spills", "shared", "widest load", "barriers in loop", "instr/element")
+    rows = [header]
+    for target in targets or list(TARGETS):
+        for case in cases():
+            found = inspect(case, target)
+            rows.append((
+                case.name, target, *map(str, (found.registers, found.spills, found.shared, found.widest_load)),
+                str(found.barriers_in_loop), f"{found.per_element:.2f}{'' if found.loop_instructions else ' (whole)'}",
+            ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

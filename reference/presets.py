@@ -1,0 +1,129 @@
+"""The published methods as Objectives (the table of SPEC section 3).
+
+Every preset takes the keyword overrides that its parts have: epsilon_low, epsilon_high, dual_clip, delta (Clip),
+kl_coef, kl_estimator, entropy_coef, aggregation. A keyword that its surrogate does not have is a TypeError.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+from .objectives import (
+    Cispo,
+    Clip,
+    LinearDecay,
+    MinPRegularizer,
+    Objective,
+    PolarityWeights,
+    Sapo,
+    TokenRule,
+)
+
+OBJECTIVE_OVERRIDES = ("kl_coef", "kl_estimator", "entropy_coef", "aggregation")
+
+
+def build(surrogate_class: type, surrogate_defaults: dict, overrides: dict, **objective_fields) -> Objective:
+    """An Objective from a preset's defaults, with each override put where it belongs."""
+    surrogate_fields = dict(surrogate_defaults)
+    for name, value in overrides.items():
+        if name in OBJECTIVE_OVERRIDES:
+            objective_fields[name] = value
+        elif name in [field.name for field in fields(surrogate_class)]:
+            surrogate_fields[name] = value
+        else:
+            raise TypeError(f"unexpected keyword argument {name!r} for a preset with {surrogate_class.__name__}")
+    return Objective(surrogate=surrogate_class(**surrogate_fields), **objective_fields)
+
+
+DAPO_CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.28}
+
+
+def grpo(**overrides) -> Objective:
+    """GRPO, DeepSeekMath (arXiv 2402.03300)."""
+    return build(Clip, {}, overrides, aggregation="seq-mean-token-mean")
+
+
+def dr_grpo(**overrides) -> Objective:
+    """Dr.GRPO (arXiv 2503.20783): no length normalisation; use group_advantages(..., normalize="none") with it."""
+    return build(Clip, {}, overrides, aggregation="seq-mean-token-sum-norm")
+
+
+def dapo(**overrides) -> Objective:
+    """DAPO (arXiv 2503.14476): clip higher, token-level mean."""
+    return build(Clip, DAPO_CLIP, overrides)
+
+
+def psr(**overrides) -> Objective:
+    """Positive sample reinforcement (arXiv 2506.01347): only rollouts of polarity +1, normalised over their tokens."""
+    return build(Clip, {}, overrides, shaping=(PolarityWeights(1.0, 0.0, 0.0),), normalize_over="selected")
+
+
+def nsr(**overrides) -> Objective:
+    """Negative sample reinforcement (arXiv 2506.01347): only rollouts of polarity -1, normalised over their tokens."""
+    return build(Clip, {}, overrides, shaping=(PolarityWeights(0.0, 1.0, 0.0),), normalize_over="selected")
+
+
+def w_reinforce(positive_weight: float = 0.1, negative_weight: float = 1.0, **overrides) -> Objective:
+    """W-REINFORCE (arXiv 2506.01347): positive rollouts weighted by lambda = 0.1."""
+    return build(Clip, {}, overrides, shaping=(PolarityWeights(positive_weight, negative_weight, 1.0),))
+
+
+def fork_tokens(
+    ratio: float = 0.2, rounding: str = "floor", normalize_over: str = "selected", **overrides
+) -> Objective:
+    """Fork tokens (arXiv 2506.01939): the `ratio` of the batch's tokens with the highest current entropy, DAPO's loss.
+
+    rounding="ceil" reproduces the released code.
+    """
+    rule = TokenRule(
+        metric="entropy",
+        source="current",
+        side="high",
+        ratio=ratio,
+        selected_scale=1.0,
+        rest_scale=0.0,
+        scope="batch",
+        rounding=rounding,
+    )
+    return build(Clip, DAPO_CLIP, overrides, shaping=(rule,), normalize_over=normalize_over)
+
+
+def lp_reg(quantile: float = 0.01, min_p: float = 0.02, beta: float = 1.0, **overrides) -> Objective:
+    """Lp-Reg (arXiv 2510.03222), the base loss of its released code: the clip with epsilons 1 and 9."""
+    regularizer = MinPRegularizer(quantile, min_p, beta)
+    return build(Clip, {"epsilon_low": 1.0, "epsilon_high": 9.0}, overrides, low_probability=regularizer)
+
+
+def a3po(
+    rho: float = 2.0,
+    alpha: float = 0.005,
+    ratio: float = 0.2,
+    schedule: Callable | float | None = None,
+    metric: str = "probability",
+    source: str = "old",
+    **overrides,
+) -> Objective:
+    """A3PO (arXiv 2512.21625): in positive rollouts the lowest, in negative rollouts the highest `ratio` of the tokens
+    by old probability get weight beta(step) = max(1, rho - alpha step), all other tokens weight 1.
+
+    `schedule` replaces beta. `metric` replaces the probability in both rules and leaves their sides as they are
+    (SPEC is silent on what a3po(metric="entropy") should do with them).
+    """
+    beta = LinearDecay(rho, alpha, 1.0) if schedule is None else schedule
+    shared = {"metric": metric, "source": source, "ratio": ratio, "selected_scale": beta}
+    rules = (TokenRule(polarity=1, side="low", **shared), TokenRule(polarity=-1, side="high", **shared))
+    return build(Clip, DAPO_CLIP, overrides, shaping=rules)
+
+
+def gspo(**overrides) -> Objective:
+    """GSPO (arXiv 2507.18071): one ratio per rollout."""
+    return build(Clip, {}, overrides, ratio_level="sequence", aggregation="seq-mean-token-mean")
+
+
+def cispo(**overrides) -> Objective:
+    """CISPO (arXiv 2506.13585)."""
+    return build(Cispo, {}, overrides)
+
+
+def sapo(**overrides) -> Objective:
+    """SAPO (arXiv 2511.20347); takes tau_positive and tau_negative."""
+    return build(Sapo, {}, overrides, aggregation="seq-mean-token-mean")
