@@ -48,7 +48,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration; `elements` is what one trip of its hot loop (or one program) handles, per thread."""
+    """One kernel in one configuration; `elements` is what one trip of its hot loop (or one program) handles."""
 
     name: str
     kernel: object
@@ -89,31 +89,31 @@ def _vocabulary_case(name: str, kernel, elements: int, num_warps: int, dtype: st
 def _terms_case(name: str, **constants) -> Case:
     absent = dict.fromkeys(("reference_ptr", "importance_ptr", "proxy_ptr", "replaced_ptr", "d_entropy_ptr"))
     defaults = {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32}
-    return Case(name, surrogate.policy_terms_kernel, {**absent, **defaults, **constants}, surrogate._BLOCK // 128)
+    return Case(name, surrogate.policy_terms_kernel, {**absent, **defaults, **constants}, surrogate._BLOCK)
 
 
 def cases() -> list[Case]:
     """Every kernel, in the configurations that matter for speed or that could spill."""
     forward, gradient = _token_kernels.partial_statistics_kernel, _token_kernels.logits_gradient_kernel
     finish, min_p = _token_kernels.finish_statistics_kernel, _token_kernels.min_p_kernel
-    lanes, tile = token_logprobs._LANES, token_logprobs._GRADIENT_BYTES // 256
+    lanes, capped, tile = token_logprobs._LANES, token_logprobs._CAPPED_LANES, token_logprobs._GRADIENT_BYTES
     select = {"HIGH": False, "CEIL": False, "DIGITS": 8, "BLOCK": select_tokens._BLOCK}
     sums = {"SEQUENCE": True, "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32}
     return [
-        _vocabulary_case("statistics bf16", forward, 2 * lanes * 8 // 128, 4),
-        _vocabulary_case("statistics bf16 softcap", forward, 2 * lanes * 8 // 128, 4, HAS_SOFTCAP=True),
-        _vocabulary_case("statistics fp32", forward, 2 * lanes * 4 // 128, 4, "fp32"),
-        _vocabulary_case("statistics fp64", forward, 2 * lanes * 2 // 128, 4, "fp64"),
-        _vocabulary_case("statistics bf16 unaligned", forward, 2 * lanes * 8 // 128, 4, ALIGNED=False),
-        _vocabulary_case("finish bf16", finish, 1, 4),
+        _vocabulary_case("statistics bf16", forward, 2 * lanes * 8, 4),
+        _vocabulary_case("statistics bf16 softcap", forward, 2 * capped * 8, 4, HAS_SOFTCAP=True, LANES=capped),
+        _vocabulary_case("statistics fp32", forward, 2 * lanes * 4, 4, "fp32"),
+        _vocabulary_case("statistics fp64", forward, 2 * lanes * 2, 4, "fp64"),
+        _vocabulary_case("statistics bf16 unaligned", forward, 2 * lanes * 8, 4, ALIGNED=False),
+        _vocabulary_case("finish bf16", finish, token_logprobs._FINISH_ROWS, 4),
         _vocabulary_case("gradient bf16", gradient, tile // 2, 8, grad_entropy_ptr=None),
         _vocabulary_case("gradient bf16 entropy", gradient, tile // 2, 8),
         _vocabulary_case("gradient bf16 entropy softcap", gradient, tile // 2, 8, HAS_SOFTCAP=True),
         _vocabulary_case("gradient fp32 entropy", gradient, tile // 4, 8, "fp32"),
         _vocabulary_case("gradient fp64 entropy", gradient, tile // 8, 8, "fp64"),
-        _vocabulary_case("min-p bf16", min_p, min_p_op._BLOCK // 128, 4, BLOCK=min_p_op._BLOCK),
-        Case("select fp32", select_tokens.select_kernel, select, select_tokens._BLOCK // 128),
-        Case("rollout sums", surrogate.rollout_sums_kernel, sums, surrogate._BLOCK // 128),
+        _vocabulary_case("min-p bf16", min_p, min_p_op._BLOCK, 4, BLOCK=min_p_op._BLOCK),
+        Case("select fp32", select_tokens.select_kernel, select, select_tokens._BLOCK),
+        Case("rollout sums", surrogate.rollout_sums_kernel, sums, surrogate._BLOCK),
         _terms_case("terms clip"),
         _terms_case("terms clip sequence", SEQUENCE=True),
         _terms_case("terms cispo", KIND="cispo"),
@@ -121,7 +121,7 @@ def cases() -> list[Case]:
         Case(
             "terms everything", surrogate.policy_terms_kernel,
             {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32},
-            surrogate._BLOCK // 128,
+            surrogate._BLOCK,
         ),
     ]  # fmt: skip
 
@@ -144,7 +144,7 @@ class MachineCode:
     """What the machine code of one kernel shows. Loop figures are those of its longest innermost loop (0 without)."""
 
     registers: int
-    spills: int
+    spills: int  # bytes of local (scratch) memory
     shared: int
     instructions: int
     widest_load: int
@@ -175,7 +175,7 @@ def _innermost(code: list[tuple[str, str]], labels: dict[str, int], is_branch) -
     return [name for name, _ in code[start : stop + 1]]
 
 
-def _figures(case: Case, code, labels, is_branch, barrier: str, widths) -> dict:
+def _figures(case: Case, threads: int, code, labels, is_branch, barrier: str, widths) -> dict:
     loop = _innermost(code, labels, is_branch)
     names = [name for name, _ in code]
     counted = loop or names
@@ -184,7 +184,7 @@ def _figures(case: Case, code, labels, is_branch, barrier: str, widths) -> dict:
         "widest_load": max((width for name in names for pattern, width in widths if re.match(pattern, name)), default=0),
         "barriers_in_loop": sum(name.startswith(barrier) for name in loop),
         "loop_instructions": len(loop),
-        "per_element": len(counted) / case.elements,
+        "per_element": len(counted) * threads / case.elements,
     }
 
 
@@ -205,10 +205,10 @@ def _read_nvidia(case: Case, compiled) -> MachineCode:
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]+)(.*);", line):
             code.append((instruction[1], instruction[2]))
-    while code and code[-1][0] in ("NOP", "BRA"):
+    while code and code[-1][0] in ("NOP", "BRA"):  # The trap behind the end of the function.
         code.pop()
     widths = ((r"LDG\.E\.128", 128), (r"LDG\.E\.64", 64), (r"LDG\.E\.U16", 16), (r"LDG\.E$", 32))
-    figures = _figures(case, code, labels, lambda name: name == "BRA", "BAR", widths)
+    figures = _figures(case, case.num_warps * 32, code, labels, lambda name: name in ("BRA", "BRA.U"), "BAR", widths)
     spills = int(resources["STACK"]) + int(resources["LOCAL"])
     return MachineCode(int(resources["REG"]), spills, compiled.metadata.shared, **figures)
 
@@ -221,13 +221,14 @@ def _read_amd(case: Case, compiled) -> MachineCode:
 
     code, labels = [], {}
     for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
+        if label := re.match(r"(\.LBB\w+):.*Loop Header", line):  # Blocks laid out backwards are no loops.
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\t([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+)\b(.*)", line):
             code.append((instruction[1], instruction[2]))
     widths = ((r"(global|buffer)_load_dwordx4", 128), (r"(global|buffer)_load_dwordx2", 64), (r"global_load_dword$", 32))
-    figures = _figures(case, code, labels, lambda name: name.startswith(("s_cbranch", "s_branch")), "s_barrier", widths)
-    spills = metadata("vgpr_spill_count") + metadata("sgpr_spill_count")
+    figures = _figures(case, case.num_warps * 64, code, labels, lambda name: name.startswith(("s_cbranch", "s_branch")), "s_barrier", widths)
+    # Scalar registers spill into vector registers, not into memory; scratch memory is what costs.
+    spills = metadata("private_segment_fixed_size") + metadata("vgpr_spill_count")
     return MachineCode(metadata("vgpr_count"), spills, compiled.metadata.shared, **figures)
 
 

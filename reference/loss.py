@@ -12,6 +12,7 @@ from .surrogates import (
     clipped_low_high,
     dual_clipped,
     kl_estimate,
+    log_ratios,
     low_probability_loss,
     low_probability_rows,
     ratios,
@@ -206,7 +207,6 @@ def metrics_of(
         return values.to(zero.dtype).sum() / len(rows) if rows else zero
 
     logp, r = logprobs[rows], ratios(objective, batch, logprobs)[rows]
-    old = logp if batch.old_logprobs is None else batch.old_logprobs[rows]
     kept = weights[rows] != 0
     shaped = batch.advantages[rows] * weights[rows]
     low, high = clipped_low_high(objective.surrogate, shaped, r)
@@ -223,7 +223,7 @@ def metrics_of(
     return {
         "entropy": mean(entropy[rows]),
         "kl": kl,
-        "approx_kl": mean(old - logp),
+        "approx_kl": mean(-log_ratios(batch, logprobs)[rows]),
         "ratio_mean": mean(r),
         "ratio_max": r.max() if rows else zero,
         "clip_fraction_low": mean(kept & low),

@@ -8,6 +8,14 @@ from .selection import check_selection, one_of
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
+
+def at_least(name: str, value, bound: float, strict: bool = False) -> None:
+    """Finite and not below `bound`, or above it if strict."""
+    value = float(value)
+    if not math.isfinite(value) or value < bound or (strict and value == bound):
+        raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {bound}, got {value}")
+
+
 # --- schedules: step -> scale. Any other callable will do as well. ---
 
 
@@ -198,10 +206,3 @@ class Objective:
         one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         one_of("aggregation", self.aggregation, AGGREGATIONS)
         one_of("normalize_over", self.normalize_over, ("all", "selected"))
-
-
-def at_least(name: str, value, bound: float, strict: bool = False) -> None:
-    """Finite and not below `bound`, or above it if strict."""
-    value = float(value)
-    if not math.isfinite(value) or value < bound or (strict and value == bound):
-        raise ValueError(f"{name} must be finite and {'above' if strict else 'at least'} {bound}, got {value}")

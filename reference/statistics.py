@@ -41,7 +41,8 @@ def token_logprobs(
     """Log-probability of the target and entropy of every row, both differentiable.
 
     A row that is not a token (mask 0, or target `ignore_index`) has logp = H = 0 and gradient 0, whatever it holds.
-    A row with NaN or +inf, or with nothing but -inf, gives NaN. float64 logits are computed in float64, others in float32.
+    A row with NaN or +inf, or with nothing but -inf, gives NaN. float64 logits are computed in
+    float64, others in float32.
     """
     rows = read_rows(logits, targets, temperature, softcap, logit_scale, ignore_index, mask)
     if not rows.targets:  # no rows: an empty sum keeps the result attached to the logits

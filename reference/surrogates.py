@@ -61,17 +61,36 @@ def scale_at(scale, step) -> float:
 # --- ratios ---
 
 
+class MinusItself(torch.autograd.Function):
+    """l - stop_gradient(l): the value 0 and the derivative 1, also at l = -inf, where subtracting would give NaN.
+
+    A NaN stays one.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.where(x.isnan(), x, torch.zeros_like(x))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def log_ratios(batch: Batch, logprobs: Tensor) -> Tensor:
+    """l - l_old, as [N]. old_logprobs=None means on-policy: l_old = stop_gradient(l), so that r is exactly 1."""
+    return MinusItself.apply(logprobs) if batch.old_logprobs is None else logprobs - batch.old_logprobs
+
+
 def ratios(objective: Objective, batch: Batch, logprobs: Tensor) -> Tensor:
     """r = exp(clamp(l - l_old, +-20)) of every token, as [N]; rows that are not tokens hold 1.
 
-    old_logprobs=None means on-policy: l_old = stop_gradient(l). ratio_level="sequence" is GSPO (arXiv 2507.18071):
-    the mean of l - l_old over all tokens of the rollout, dropped ones too, then the clamp; the gradient reaches them all.
+    ratio_level="sequence" is GSPO (arXiv 2507.18071): the mean of l - l_old over all tokens of the rollout, dropped
+    ones too, then the clamp; the gradient reaches them all.
     """
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     result = torch.ones_like(logprobs)
     for rows in batch.tokens:
         if rows:
-            difference = logprobs[rows] - old[rows]
+            difference = log_ratios(batch, logprobs)[rows]
             if objective.ratio_level == "sequence":
                 difference = difference.mean().expand(len(rows))
             result = result.index_put((torch.tensor(rows),), difference.clamp(-20.0, 20.0).exp())
@@ -95,7 +114,8 @@ def surrogate_loss(surrogate, advantage: Tensor, logprobs: Tensor, ratio: Tensor
         return -coefficient.detach() * advantage * logprobs
     if isinstance(surrogate, Sapo):
         # arXiv 2511.20347: -A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A.
-        tau = torch.where(advantage > 0, surrogate.tau_positive, surrogate.tau_negative).to(ratio.dtype)
+        tau = torch.full_like(advantage, surrogate.tau_negative)
+        tau[advantage > 0] = surrogate.tau_positive
         return -advantage * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
     return -advantage * logprobs  # Reinforce
 
@@ -112,7 +132,7 @@ def before_dual_clip(clip: Clip, advantage: Tensor, ratio: Tensor) -> Tensor:
 
 
 def dual_clipped(surrogate, advantage: Tensor, ratio: Tensor) -> Tensor:
-    """Dual clip (arXiv 1912.09729): where A < 0 the loss is min(loss, -A c). True where the bound -A c is the smaller."""
+    """Where the dual clip's bound -A c is the smaller: if A < 0, the loss is min(loss, -A c) (arXiv 1912.09729)."""
     if not isinstance(surrogate, Clip) or surrogate.dual_clip is None:
         return torch.zeros_like(advantage, dtype=torch.bool)
     return (advantage < 0) & (-advantage * surrogate.dual_clip < before_dual_clip(surrogate, advantage, ratio))

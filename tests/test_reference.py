@@ -8,10 +8,11 @@ import math
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-import reference as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import reference as ref
 
 F64 = torch.float64
 INF, NAN = math.inf, math.nan
@@ -19,7 +20,7 @@ INF, NAN = math.inf, math.nan
 
 def close(actual, expected, tol=1e-12):
     expected = torch.as_tensor(expected, dtype=F64)
-    torch.testing.assert_close(torch.as_tensor(actual).to(F64), expected, rtol=tol, atol=tol, equal_nan=True)
+    torch.testing.assert_close(torch.as_tensor(actual, dtype=F64), expected, rtol=tol, atol=tol, equal_nan=True)
 
 
 def random_logits(*shape, seed=0, scale=3.0):
@@ -64,7 +65,7 @@ def test_statistics_are_those_of_torch(rows, vocabulary, seed, temperature, soft
     x = (y if softcap is None else softcap * torch.tanh(y / softcap)) / temperature
     out = ref.token_logprobs(z, targets, temperature=temperature, softcap=softcap, logit_scale=scale)
     close(out.logprobs, torch.log_softmax(x, -1).gather(-1, targets[:, None])[:, 0])
-    close(out.entropy, torch.distributions.Categorical(logits=x).entropy())
+    close(out.entropy, torch.distributions.Categorical(logits=x, validate_args=False).entropy())
 
 
 def test_any_leading_dimensions_and_a_temperature_per_token():
@@ -276,6 +277,19 @@ def test_the_ratio_is_clamped_at_twenty():
     close(grad, [[0.0]])
 
 
+def test_on_policy_the_ratio_is_exactly_one_even_at_minus_infinity():
+    # -A r with r = 1: dL/dl = -A, and dL/dz = -A (one-hot - p) with p = [1, 0] and the target at -inf.
+    z = torch.tensor([[[0.0, -INF]]], dtype=F64, requires_grad=True)
+    out = ref.policy_loss(z, torch.tensor([[1]]), torch.tensor([2.0]), objective=ref.dapo())
+    out.loss.backward()
+    close(out.loss, -2.0)
+    close(z.grad[0, 0], [2.0, -2.0])
+    assert out.metrics["ratio_mean"] == 1 and out.metrics["approx_kl"] == 0
+    # A row of NaN is still NaN.
+    nan = torch.full((1, 1, 2), NAN, dtype=F64)
+    assert ref.policy_loss(nan, torch.tensor([[1]]), torch.tensor([2.0]), objective=ref.dapo()).loss.isnan()
+
+
 def test_sequence_ratio_by_hand():
     # Rollout 0: log-ratios log 1.2, log 1.2, log .9 * mean = (1.2 * 1.2 * .9)^(1/3) = 1.296^(1/3) = 1.0902...
     # Rollout 1: one token, r = 2: clipped at 1.2 for A > 0.
@@ -311,6 +325,7 @@ def test_kl_entropy_and_importance_weights_by_hand():
     close(out.loss, -0.5 * h)
     close(logits.grad[0, 0, 0], 0.5 * 0.8 * (math.log(0.8) + h))
     close(out.metrics["entropy"], h)
+    assert out.metrics["active_fraction"] == 1  # through H alone
     with pytest.raises(ValueError, match="ref_logprobs"):
         rollout_loss(ref.grpo(kl_coef=0.1), [[0.5]], [2.0])
 
@@ -517,11 +532,13 @@ def test_lp_reg_by_hand():
     close(grad, [[-3 / 5, 1 / 5, 1 / 5, 1 / 5, -1 / 5]])
     # k = floor(4 * .3) = 1 is not above 1: nothing is regularised.
     close(rollout_loss(ref.lp_reg(quantile=0.3), p, a, one, min_p_logprobs=t)[0].loss, 3 / 5)
-    # The penalty is clamped at 10: t - l = log 1000, e^.. = 1000, gradient 0; only -A r is left.
+    # The penalty is clamped at 10: e^(t-l) = 1000, gradient 0; only -A r is left.
     far = torch.full((1, 5), math.log(0.9), dtype=F64)
     p = [[0.0009, 0.2, 0.6, 0.7, 0.05]]
     out, grad = rollout_loss(ref.lp_reg(quantile=0.5), p, a, one, min_p_logprobs=far)
     close(grad[0, 0], 1 / 5)
+    # The other candidate, p = .2, has e^(t-l) = 4.5, which is below the clamp.
+    close(out.loss, ((1 + 10) + (1 + 4.5 - math.log(4.5) - 1) + 1 + 1 - 1) / 5)
     # On-policy t comes from the current logits; off-policy it has to be given.
     logits, targets, _ = binary(p)
     given_t = ref.min_p_token_logprobs(logits, targets, 0.02)
@@ -622,5 +639,8 @@ def test_gradcheck_of_the_loss(objective):
         "mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
     }
     advantages = torch.tensor([1.3, -0.8], dtype=F64)
-    loss = lambda x: ref.policy_loss(x, targets, advantages, objective=objective, **kwargs).loss  # noqa: E731
+
+    def loss(x):
+        return ref.policy_loss(x, targets, advantages, objective=objective, **kwargs).loss
+
     assert torch.autograd.gradcheck(loss, z.requires_grad_())

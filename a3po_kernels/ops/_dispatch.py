@@ -90,8 +90,6 @@ def check_transform(temperature: object, softcap: object, logit_scale: object, r
 
 def as_rows(logits: torch.Tensor) -> torch.Tensor:
     """Logits of any leading shape as [batch, rows, V]; a copy only where strides allow no view of more than 3 dims."""
-    if logits.ndim == 2:
-        return logits.unsqueeze(0)
-    if logits.ndim == 3:
-        return logits
-    return logits.reshape(1 if logits.ndim == 1 else -1, *logits.shape[-2:])
+    if logits.ndim < 3:
+        return logits[(None,) * (3 - logits.ndim)]
+    return logits if logits.ndim == 3 else logits.reshape(-1, *logits.shape[-2:])

@@ -26,6 +26,7 @@ from ._token_kernels import finish_statistics_kernel, logits_gradient_kernel, pa
 # Columns of one program: a function of nothing but this constant and V, for batch invariance.
 SPLIT = 32768
 _LANES = 256
+_CAPPED_LANES = 128 if torch.version.hip is None else 256  # tanh needs registers; an AMD warp has 64 threads
 _FINISH_ROWS = 128
 # Bytes of a row that one program of the gradient writes.
 _GRADIENT_BYTES = 16384
@@ -90,8 +91,8 @@ def _token_statistics(
     with device_guard(logits):
         partial_statistics_kernel[(rows, splits)](
             logits, targets, pointer, partial, *shared,
-            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), SPLIT=SPLIT, LANES=_LANES, VEC=vector_width(logits),
-            COMPUTE=compute, num_warps=4, enable_fp_fusion=True,
+            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), SPLIT=SPLIT,
+            LANES=_CAPPED_LANES if softcap else _LANES, VEC=vector_width(logits), COMPUTE=compute, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
             logits, targets, pointer, partial, *outputs, *shared,

@@ -1,0 +1,102 @@
+# `make test` needs python3 (3.11 or newer) with venv, gcc and make. Nothing outside this directory is written but pip's cache.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+JUNIT := build/junit
+TORCH := torch==2.13.0
+
+# The kernels run natively or in Triton's interpreter; a process is one or the other from its start.
+unexport TRITON_INTERPRET
+export TRITON_HOME := $(CURDIR)/.cache
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export HF_HUB_OFFLINE := 1
+
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST = $(ONE_THREAD) $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal --junitxml=$(JUNIT)/$(2).xml
+OTHERS := not trl and not verl
+
+NATIVE = $(call PYTEST,$(VENV),native) -m "not interpreter and $(OTHERS)" $(PYTEST_ARGS)
+INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpreter and $(OTHERS)" $(PYTEST_ARGS)
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# $(1) directory, $(2) constraints, $(3) requirements, $(4) requirements installed last and without their dependencies.
+# Triton goes in first and is not held after that: a CUDA build of torch brings the one Triton it accepts.
+define environment
+$(1)/.stamp: setup.py $(2)
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet -c $(2) setuptools wheel triton
+	grep -v '^triton==' $(2) > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt --no-build-isolation $(TORCH) $(3)
+	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation $(4) -e .
+	touch $$@
+endef
+
+TEST_TOOLS := pytest pytest-xdist hypothesis expecttest numpy
+# Not verl's own requirements: those bring a training stack that its loss functions never import.
+VERL_IMPORTS := ray tensordict omegaconf codetiming transformers
+
+$(eval $(call environment,$(VENV),constraints.txt,-e '.[dev]',))
+$(eval $(call environment,.venv-trl,constraints-trl.txt,$(TEST_TOOLS) trl==1.16.0 liger-kernel==0.8.5,))
+$(eval $(call environment,.venv-verl,constraints-verl.txt,$(TEST_TOOLS) $(VERL_IMPORTS),verl==0.9.1))
+$(eval $(call environment,.venv-triton36,constraints-triton36.txt,$(TEST_TOOLS),triton==3.6.0))
+
+env: $(VENV)/.stamp  ## make or update .venv
+
+lint: env  ## ruff check
+	$(VENV)/bin/ruff check .
+
+typecheck: env  ## mypy
+	$(VENV)/bin/mypy
+
+test: lint typecheck  ## lint, types and the whole suite: natively, then the kernels in Triton's interpreter
+	@rm -f $(JUNIT)/native.xml $(JUNIT)/interpreter.xml; failed=0; \
+	$(NATIVE) || failed=1; \
+	$(INTERPRETER) || failed=1; \
+	$(VENV)/bin/python tests/summary.py TOTAL $(JUNIT)/native.xml $(JUNIT)/interpreter.xml || failed=1; \
+	exit $$failed
+
+test-native: env  ## the tests that need no interpreter
+	$(NATIVE)
+
+test-interpreter: env  ## the kernels in Triton's interpreter
+	$(INTERPRETER)
+
+# Peers' own Triton kernels (marked interpreter too) run in a second process; having none of them is no failure.
+define conformance
+	@rm -f $(JUNIT)/$(1).xml $(JUNIT)/$(1)-interpreter.xml; failed=0; \
+	$(call PYTEST,.venv-$(1),$(1)) -m "$(1) and not interpreter" tests/conformance $(PYTEST_ARGS) || failed=1; \
+	TRITON_INTERPRET=1 $(call PYTEST,.venv-$(1),$(1)-interpreter) -m "$(1) and interpreter" tests/conformance $(PYTEST_ARGS) \
+	|| [ $$? -eq 5 ] || failed=1; \
+	.venv-$(1)/bin/python tests/summary.py $(1) $(JUNIT)/$(1).xml $(JUNIT)/$(1)-interpreter.xml || failed=1; \
+	exit $$failed
+endef
+
+test-trl: .venv-trl/.stamp  ## conformance with TRL and Liger-Kernel, in .venv-trl
+	$(call conformance,trl)
+
+test-verl: .venv-verl/.stamp  ## conformance with verl, in .venv-verl
+	$(call conformance,verl)
+
+test-triton36: .venv-triton36/.stamp  ## the kernels in the interpreter of Triton 3.6, in .venv-triton36
+	TRITON_INTERPRET=1 $(call PYTEST,.venv-triton36,triton36) -m "interpreter and $(OTHERS)" $(PYTEST_ARGS)
+
+bench: env  ## time and peak memory against plain PyTorch, on the CPU
+	PYTHONPATH=. $(VENV)/bin/python bench/cpu_logits.py
+
+clean:  ## remove what tests and builds leave
+	rm -rf build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean  ## and the environments
+	rm -rf .venv .venv-trl .venv-verl .venv-triton36

@@ -1,0 +1,69 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    text = (ROOT / "a3po_kernels" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("a3po_kernels/__init__.py has no __version__")
+    return found[1]
+
+
+def readme() -> str:
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "expecttest>=0.2",  # torch.library.opcheck imports it
+    "pyyaml>=6",
+    "check-jsonschema==0.39.0",  # carries the workflow schema
+]
+
+setup(
+    name="a3po_kernels",
+    version=version(),
+    description="Fused Triton loss heads for reinforcement learning with verifiable rewards: "
+    "A3PO, GRPO, DAPO and others, from logits to loss, gradient and metrics",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["triton", "pytorch", "reinforcement-learning", "rlvr", "a3po", "grpo", "dapo", "llm"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["a3po_kernels", "a3po_kernels.*"]),
+    package_data={"a3po_kernels": ["py.typed"]},
+    include_package_data=False,
+    zip_safe=False,
+    python_requires=">=3.10",
+    install_requires=["torch>=2.8", "triton>=3.6", "numpy"],
+    extras_require={
+        "test": TEST,
+        "bench": ["matplotlib>=3.8", "tabulate>=0.9"],
+        "examples": ["transformers>=5.5"],
+        "trl": ["trl>=1.16", "liger-kernel>=0.8.5"],
+        "verl": ["verl==0.9.1"],
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.15"],
+    },
+)

@@ -1,0 +1,235 @@
+"""How the operations behave inside PyTorch: autograd, opcheck, torch.compile, checkpointing, autocast, accumulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import random_batch, run
+from torch.utils.checkpoint import checkpoint
+
+import a3po_kernels
+from a3po_kernels.ops import min_p, select_tokens, surrogate, token_logprobs
+
+
+def small(device, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 13, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    targets = torch.randint(0, 13, (2, 5), generator=generator).to(device)
+    old = (torch.randn(2, 5, generator=generator) - 2.5).to(device)
+    return logits.requires_grad_(), targets, torch.tensor([1.0, -1.0], device=device), old
+
+
+def loss_of(logits, targets, advantages, old, backend="auto", **keywords):
+    objective = a3po_kernels.a3po(entropy_coef=0.05)
+    keywords = {"objective": objective, "step": 3, "old_logprobs": old, "backend": backend, **keywords}
+    return a3po_kernels.policy_loss(logits, targets, advantages, **keywords).loss
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 3.0, "logit_scale": 1.2}])
+def test_gradcheck(options, backend, device):
+    logits, targets, advantages, old = small(device)
+    targets[0, 1] = -100
+
+    def statistics(z):
+        return a3po_kernels.token_logprobs(z, targets, backend=backend, **options)
+
+    assert torch.autograd.gradcheck(statistics, (logits,))
+    assert torch.autograd.gradcheck(lambda z: loss_of(z, targets, advantages, old, backend, **options), (logits,))
+
+
+def test_double_backward_raises(backend, device):
+    logits, targets, advantages, old = small(device)
+    for function in (
+        lambda z: a3po_kernels.token_logprobs(z, targets, backend=backend).logprobs.sum(),
+        lambda z: a3po_kernels.token_logprobs(z, targets, backend=backend).entropy.sum(),
+        lambda z: loss_of(z, targets, advantages, old, backend),
+    ):
+        (gradient,) = torch.autograd.grad(function(logits), logits, create_graph=True)
+        with pytest.raises(RuntimeError):
+            gradient.square().sum().backward()
+
+
+def test_inplace_backward(backend, device):
+    """The same bits, written over the logits; a consumer that still needs the logits is told."""
+    leaf, targets, advantages, old = small(device, torch.float32)
+    expected = torch.autograd.grad(loss_of(leaf, targets, advantages, old, backend), leaf)[0]
+    logits = leaf * 1.0
+    address = logits.data_ptr()
+    output = a3po_kernels.policy_loss(
+        logits, targets, advantages, objective=a3po_kernels.a3po(entropy_coef=0.05), old_logprobs=old, step=3,
+        backend=backend, inplace_backward=True,
+    )  # fmt: skip
+    seen = []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    (gradient,) = torch.autograd.grad(output.loss, leaf)
+    assert torch.equal(gradient, expected) and output.route == "logits-inplace"
+    assert seen == [address], "the gradient lies where the logits lay"
+
+    logits = leaf * 1.0
+    square = (logits * logits).sum()  # saves the logits, and runs its backward after the head's
+    stats = a3po_kernels.token_logprobs(logits, targets, backend=backend, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (stats.logprobs.sum() + square).backward()
+    with pytest.raises(ValueError, match="inplace_backward"):
+        shared = leaf[:1, :1].expand(2, 5, 13)
+        a3po_kernels.token_logprobs(shared, targets, backend=backend, inplace_backward=True)
+
+
+def test_needs_input_grad_and_no_grad(backend, device):
+    logits, targets, advantages, old = small(device)
+    assert not loss_of(logits.detach(), targets, advantages, old, backend).requires_grad
+    with torch.no_grad():
+        assert not loss_of(logits, targets, advantages, old, backend).requires_grad
+    old = old.requires_grad_()
+    advantages = advantages.requires_grad_()
+    loss_of(logits, targets, advantages, old, backend).backward()
+    assert old.grad is None and advantages.grad is None
+
+
+def test_gradient_accumulation(backend, device):
+    """Micro-batches with the global token count as denominator add up to the whole batch."""
+    batch = random_batch(2, rollouts=6, dtype=torch.float64, device=device)
+    for name in ("old_entropy", "min_p_logprobs"):
+        del batch.keywords[name]
+    objective = a3po_kernels.a3po(kl_coef=0.1)
+    whole, expected = run(a3po_kernels, batch, objective, backend=backend)
+    tokens = whole.metrics["token_count"]
+    logits = batch.logits.clone().requires_grad_()
+    total = 0.0
+    for part in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        keywords = {name: value[part] for name, value in batch.keywords.items()}
+        output = a3po_kernels.policy_loss(
+            logits[part], batch.targets[part], batch.advantages[part], objective=objective, denominator=tokens,
+            backend=backend, **keywords,
+        )  # fmt: skip
+        output.loss.backward()
+        total += output.loss.item()
+    assert abs(total - whole.loss.item()) < 1e-12
+    assert (logits.grad - expected).abs().nan_to_num().max() < 1e-13
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant, backend, device):
+    logits, targets, advantages, old = small(device)
+    expected = torch.autograd.grad(loss_of(logits, targets, advantages, old, backend), logits)[0]
+    checkpoint(loss_of, logits, targets, advantages, old, backend, use_reentrant=reentrant).backward()
+    assert torch.equal(logits.grad, expected)
+
+
+def test_autocast(backend, device):
+    """Statistics stay fp32 under autocast."""
+    logits, targets, advantages, old = small(device, torch.float32)
+    expected = loss_of(logits, targets, advantages, old, backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = loss_of(logits, targets, advantages, old, backend)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+
+def test_opcheck(backend, device):
+    logits, targets, _, _ = small(device, torch.float32)
+    flat = targets.reshape(-1)
+    ones = torch.ones(10, device=device)
+    torch.library.opcheck(
+        token_logprobs._token_statistics, (logits, flat, None, 0.7, 1.0, 0.0, -100, False, backend)
+    )
+    stats = token_logprobs._token_statistics(logits.detach(), flat, None, 0.7, 1.0, 5.0, -100, False, backend)
+    gradient = (logits.detach(), flat, stats[2], stats[3], stats[1], ones, None, None, 0.7, 1.0, 5.0, -100, backend)
+    torch.library.opcheck(token_logprobs._logits_gradient, gradient)
+    torch.library.opcheck(token_logprobs._logits_gradient_, (logits.detach().clone(), *gradient[1:]))
+    offsets = torch.tensor([0, 4, 10], device=device)
+    torch.library.opcheck(
+        select_tokens._select_tokens, (ones, ones > 0, offsets, 0.2, False, False, 1, 0, backend)
+    )
+    torch.library.opcheck(min_p._min_p, (logits.detach(), flat, 0.02, 1.0, 0.0, -100, backend))
+    logp, entropy = stats[0].requires_grad_(), stats[1].requires_grad_()
+    numbers = [0.8, 1.28, float("inf"), float("inf"), 1.0, 1.0, 0.0, 0.1, 0.0]
+    torch.library.opcheck(
+        surrogate._policy_terms,
+        (
+            logp, entropy, ones > 0, ones, ones, ones, None, None, None, None, None, None, offsets, None, None, 0.0,
+            "token-mean", False, "clip", False, "k3", numbers, backend,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["a3po", "gspo", "lp_reg", "fork_tokens"])
+def test_compile_keeps_one_graph(name, inplace, backend, device):
+    """fullgraph=True: no graph break, and the same loss and gradient."""
+    objective = getattr(a3po_kernels, name)()
+    logits, targets, advantages, old = small(device, torch.float32)
+
+    def step(z, targets, advantages, old):
+        proxy = {"min_p_logprobs": old + 0.5} if name == "lp_reg" else {}
+        return a3po_kernels.policy_loss(
+            z * 1.0, targets, advantages, objective=objective, old_logprobs=old, inplace_backward=inplace,
+            backend=backend, **proxy,
+        ).loss  # fmt: skip
+
+    torch._dynamo.reset()
+    eager = step(logits, targets, advantages, old)
+    (expected,) = torch.autograd.grad(eager, logits)
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, targets, advantages, old)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(loss, eager, atol=1e-6) and torch.allclose(gradient, expected, atol=1e-7)
+
+
+@pytest.mark.cuda
+def test_no_synchronisation_and_graph_capture():
+    """The default path reads nothing back, and a captured graph replays with new values."""
+    batch = random_batch(3, dtype=torch.float32, device="cuda")
+    keywords = {k: v for k, v in batch.keywords.items() if k not in ("min_p_logprobs", "old_entropy")}
+    logits = batch.logits.clone().requires_grad_()
+    step = torch.zeros((), device="cuda")
+
+    def forward_backward():
+        logits.grad = None
+        output = a3po_kernels.policy_loss(
+            logits, batch.targets, batch.advantages, objective=a3po_kernels.a3po(alpha=0.01), step=step, **keywords
+        )
+        output.loss.backward()
+        return output.loss
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward_backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        forward_backward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_backward()
+    step.fill_(60.0)
+    graph.replay()
+    replayed, gradient = captured.item(), logits.grad.clone()
+    assert replayed == forward_backward().item() and torch.equal(gradient, logits.grad)
+
+
+@pytest.mark.cuda
+def test_nothing_recompiles():
+    """Other lengths, batch sizes, steps, temperatures and coefficients reuse the compiled kernels."""
+    kernels = [
+        token_logprobs.partial_statistics_kernel, token_logprobs.finish_statistics_kernel,
+        token_logprobs.logits_gradient_kernel, select_tokens.select_kernel, surrogate.rollout_sums_kernel,
+        surrogate.policy_terms_kernel,
+    ]  # fmt: skip
+
+    def compiled():
+        return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+
+    def go(rollouts, length, **keywords):
+        logits = torch.randn(rollouts, length, 512, device="cuda", requires_grad=True)
+        targets = torch.randint(0, 512, (rollouts, length), device="cuda")
+        objective = a3po_kernels.a3po(**keywords.pop("objective", {}))
+        advantages = torch.ones(rollouts, device="cuda")
+        a3po_kernels.policy_loss(logits, targets, advantages, objective=objective, **keywords).loss.backward()
+
+    go(2, 7)
+    before = compiled()
+    go(1, 1)
+    go(16, 32, step=17, temperature=0.7)
+    go(3, 160, objective={"epsilon_high": 0.4, "rho": 3.0}, denominator=4.0)
+    assert compiled() == before

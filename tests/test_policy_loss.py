@@ -1,0 +1,215 @@
+"""policy_loss against the reference in fp64: every preset, spelling, dtype and option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import DTYPES, INTERPRETED, PRESETS, keywords_for, largest_error, preset, random_batch, run
+
+import a3po_kernels
+import reference
+
+# fp64: both compute in fp64, so only the order of sums differs. Otherwise statistics are fp32 from the given logits; the
+# reference gets the same logits in fp64. log-probs of about 5 nats carry a rounding of 3e-7, and sums of 40 such terms
+# of weight below 3 stay within 1e-5. A gradient is rounded once more, to the logits' dtype, at magnitudes below 1.
+LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+OPTIONS = {
+    "plain": {},
+    "transform": {"temperature": 0.7, "softcap": 4.0, "logit_scale": 1.3},
+    "regularised": {"objective": {"kl_coef": 0.07, "entropy_coef": 0.02}},
+}
+
+
+def compare(name, batch, dtype, backend, overrides=None, **keywords):
+    ours, theirs = preset(name, **(overrides or {}))
+    batch.keywords = keywords_for(name, batch.keywords)
+    output, gradient = run(a3po_kernels, batch, ours, backend=backend, **keywords)
+    expected, expected_gradient = run(reference, batch, theirs, double=True, **keywords)
+    tolerance = LOSS_TOLERANCE[dtype]
+    assert largest_error(output.loss, expected.loss) <= tolerance
+    assert largest_error(output.logprobs, expected.logprobs) <= tolerance
+    assert largest_error(output.entropy, expected.entropy) <= tolerance
+    assert largest_error(output.weights, expected.weights) <= tolerance
+    assert largest_error(gradient, expected_gradient) <= GRADIENT_TOLERANCE[dtype]
+    assert set(output.metrics) == set(expected.metrics)
+    for key, value in expected.metrics.items():
+        assert largest_error(output.metrics[key], torch.as_tensor(value)) <= tolerance, key
+    assert output.logprobs.shape == batch.targets.shape
+    assert not output.logprobs.requires_grad and not output.entropy.requires_grad and not output.weights.requires_grad
+    return output, gradient
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("spelling", ["padded", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name, dtype, spelling, options, backend, device):
+    if INTERPRETED and (dtype is torch.float16 or (dtype is not torch.float32 and options != "regularised")):
+        pytest.skip("the interpreter is slow: fp32 in full, fp64 and bf16 in part")
+    keywords = dict(OPTIONS[options])
+    overrides = keywords.pop("objective", {})
+    batch = random_batch(PRESETS.index(name), dtype=dtype, device=device)
+    batch = batch.packed() if spelling == "packed" else batch
+    if name == "dr_grpo" and spelling == "packed":
+        keywords["max_length"] = 11
+    compare(name, batch, dtype, backend, overrides, step=30, **keywords)
+
+
+@pytest.mark.parametrize("aggregation", a3po_kernels.objectives.AGGREGATIONS)
+@pytest.mark.parametrize("denominator", [None, 12.5, "tensor"])
+@pytest.mark.parametrize("name", ["a3po", "fork_tokens", "gspo"])
+def test_aggregations(name, aggregation, denominator, backend, device):
+    batch = random_batch(7, dtype=torch.float32, device=device)
+    denominator = torch.tensor(31.0, device=device) if denominator == "tensor" else denominator
+    compare(name, batch, torch.float32, backend, {"aggregation": aggregation}, denominator=denominator)
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("grpo", {"dual_clip": 1.1}),
+        ("grpo", {"delta": 1.15}),
+        ("dapo", {"epsilon_low": 0.05, "epsilon_high": 0.02, "kl_coef": 0.1, "kl_estimator": "k1"}),
+        ("dapo", {"kl_coef": 0.1, "kl_estimator": "k2"}),
+        ("gspo", {"epsilon_low": 0.01, "epsilon_high": 0.01, "entropy_coef": -0.1}),
+        ("cispo", {"epsilon_high": 1.05, "epsilon_low": 0.02}),
+        ("sapo", {"tau_positive": 3.0, "tau_negative": 5.0}),
+        ("w_reinforce", {"positive_weight": 0.0, "negative_weight": 0.7}),
+        ("fork_tokens", {"ratio": 0.5, "rounding": "ceil", "normalize_over": "all", "entropy_coef": 0.3}),
+        ("lp_reg", {"quantile": 0.9, "beta": 0.3}),
+        ("a3po", {"rho": 3.0, "alpha": 0.1, "ratio": 0.34}),
+        ("a3po", {"metric": "entropy"}),
+        ("a3po", {"source": "current"}),
+        ("a3po", {"metric": "entropy", "source": "current"}),
+    ],
+)
+def test_overrides(name, overrides, backend, device):
+    batch = random_batch(11, dtype=torch.float64, device=device)
+    compare(name, batch, torch.float64, backend, overrides, step=5)
+
+
+@pytest.mark.parametrize("name", ["a3po", "w_reinforce", "sapo", "lp_reg", "gspo"])
+@pytest.mark.parametrize("spelling", ["padded", "packed"])
+def test_per_token_advantages(name, spelling, backend, device):
+    batch = random_batch(3, dtype=torch.float64, device=device, per_token=True)
+    batch = batch.packed() if spelling == "packed" else batch
+    compare(name, batch, torch.float64, backend)
+
+
+def test_polarity_overrides_the_sign(backend, device):
+    batch = random_batch(5, dtype=torch.float64, device=device)
+    polarity = torch.tensor([-1, 1, 1, 0, -1], device=device)
+    for name in ("a3po", "psr", "nsr"):
+        compare(name, batch, torch.float64, backend, polarity=polarity)
+    compare("a3po", batch, torch.float64, backend, polarity=torch.randn(5, 11, device=device).sign())
+
+
+@pytest.mark.parametrize("name", ["dapo", "a3po", "gspo", "lp_reg", "fork_tokens"])
+def test_on_policy(name, backend, device):
+    batch = random_batch(13, dtype=torch.float64, device=device)
+    for key in ("old_logprobs", "old_entropy", "min_p_logprobs"):
+        del batch.keywords[key]
+    output, _ = compare(name, batch, torch.float64, backend)
+    assert output.metrics["ratio_mean"].item() == 1.0 and output.metrics["ratio_max"].item() == 1.0
+
+
+def test_reinforce_and_composed_rules(backend, device):
+    """A composition that no preset makes: polarity weights, then a keep rule, then a boost, on REINFORCE with KL."""
+
+    def composed(module):
+        return module.Objective(
+            shaping=(
+                module.PolarityWeights(0.5, 1.5, 0.25),
+                module.TokenRule(None, "entropy", "current", "high", 0.6, 1.0, 0.0, scope="batch"),
+                module.TokenRule(-1, "probability", "old", "high", 0.5, module.CosineDecay(3.0, 40), 0.9),
+            ),
+            surrogate=module.Reinforce(),
+            kl_coef=0.1,
+            normalize_over="selected",
+            aggregation="seq-mean-token-mean",
+        )
+
+    batch = random_batch(17, dtype=torch.float64, device=device)
+    del batch.keywords["min_p_logprobs"]
+    output, gradient = run(a3po_kernels, batch, composed(a3po_kernels), backend=backend, step=10)
+    expected, expected_gradient = run(reference, batch, composed(reference), double=True, step=10)
+    assert largest_error(output.loss, expected.loss) < 1e-12
+    assert largest_error(output.weights, expected.weights) < 1e-12
+    assert largest_error(gradient, expected_gradient) < 1e-12
+
+
+def test_spellings_agree_to_the_bit(backend, device):
+    """Padded and packed give the same per-token outputs to the bit, and the same loss to rounding."""
+    batch = random_batch(19, dtype=torch.float32, device=device)
+    objective = a3po_kernels.a3po()
+    del batch.keywords["min_p_logprobs"]
+    padded, _ = run(a3po_kernels, batch, objective, backend=backend)
+    packed, _ = run(a3po_kernels, batch.packed(), objective, backend=backend)
+    rows = torch.cat([torch.arange(n) + i * 11 for i, n in enumerate(batch.lengths)]).to(device)
+    for name in ("logprobs", "entropy", "weights"):
+        assert torch.equal(getattr(padded, name).flatten()[rows], getattr(packed, name)), name
+    assert largest_error(padded.loss, packed.loss) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_empty_padded(shape, backend, device):
+    logits = torch.zeros(*shape, 7, device=device, requires_grad=True)
+    targets = torch.zeros(shape, dtype=torch.long, device=device)
+    output = a3po_kernels.policy_loss(
+        logits, targets, torch.zeros(shape[0], device=device), objective=a3po_kernels.a3po(), backend=backend
+    )
+    output.loss.backward()
+    assert output.loss.item() == 0.0 and logits.grad.shape == logits.shape
+    assert output.metrics["token_count"].item() == 0.0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_nothing_to_learn(name, backend, device):
+    """All tokens masked, or all rollouts empty: loss 0 and gradient 0, never NaN."""
+    objective, _ = preset(name)
+    logits = torch.randn(4, 9, device=device, requires_grad=True)
+    targets = torch.full((4,), -100, device=device)
+    ends = torch.tensor([0, 0, 4, 4], device=device)
+    output = a3po_kernels.policy_loss(
+        logits, targets, torch.ones(3, device=device), objective=objective, cu_seqlens=ends, max_length=4, backend=backend
+    )
+    output.loss.backward()
+    assert output.loss.item() == 0.0 and not logits.grad.any()
+    assert all(value.isfinite() for value in output.metrics.values())
+
+
+def test_zero_advantage_counts(backend, device):
+    """A rollout of zero advantage keeps its place in the denominator and its KL and entropy terms."""
+    batch = random_batch(23, rollouts=3, dtype=torch.float64, device=device)
+    batch.advantages = torch.tensor([1.0, 0.0, -1.0], device=device).double()
+    _, gradient = compare("dapo", batch, torch.float64, backend, {"kl_coef": 0.1})
+    assert gradient[1].abs().sum() > 0
+    _, gradient = compare("dapo", batch, torch.float64, backend)
+    assert not gradient[1].any()
+
+
+def test_broken_row_is_not_hidden(backend, device):
+    """NaN in the logits of a token reaches the loss; the same row masked does not."""
+    batch = random_batch(29, dtype=torch.float32, device=device)
+    del batch.keywords["min_p_logprobs"]
+    batch.keywords["mask"][0, 0], batch.targets[0, 0] = True, 1
+    for key in ("old_logprobs", "ref_logprobs", "importance_weights", "old_entropy"):
+        batch.keywords[key][0, 0] = 0.5
+    batch.logits[0, 0] = torch.nan
+    output, _ = run(a3po_kernels, batch, a3po_kernels.dapo(), backend=backend)
+    assert output.loss.isnan()
+    batch.keywords["mask"][0, 0] = False
+    output, gradient = run(a3po_kernels, batch, a3po_kernels.dapo(), backend=backend)
+    assert output.loss.isfinite() and gradient.isfinite().all()
+
+
+def test_module_and_step_tensor(backend, device):
+    """PolicyLoss is policy_loss; a step on the device gives the same weights as a number."""
+    batch = random_batch(31, dtype=torch.float32, device=device)
+    del batch.keywords["min_p_logprobs"]
+    head = a3po_kernels.PolicyLoss(a3po_kernels.a3po(alpha=0.01), temperature=0.8, backend=backend)
+    one = head(batch.logits, batch.targets, batch.advantages, step=40, **batch.keywords)
+    two = head(batch.logits, batch.targets, batch.advantages, step=torch.tensor(40, device=device), **batch.keywords)
+    assert torch.equal(one.loss, two.loss) and torch.equal(one.weights, two.weights)
+    assert abs(one.metrics["weight"].item() - 1.6) < 1e-6
