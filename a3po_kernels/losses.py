@@ -124,7 +124,9 @@ def policy_loss_from_statistics(
     proxy, replaced = None, None
     if objective.low_probability is not None:
         proxy = layout.flat("min_p_logprobs", min_p_logprobs, dtype)
-        replaced = _regularised(objective, now.logprobs, proxy, (advantage < 0) & (shaped.weights != 0), layout, backend)
+        replaced = _regularised(
+            objective, now.logprobs, proxy, (advantage < 0) & (shaped.weights != 0), layout, backend
+        )
     loss, sums = policy_terms(
         logp, entropy, tokens=tokens, weights=shaped.weights, advantages=advantage, polarity=sign,
         offsets=layout.offsets, form=_surrogate_form(objective), aggregation=objective.aggregation,
@@ -282,7 +284,11 @@ def _check_token_arguments(
 ) -> None:  # fmt: skip
     """Everything that can be wrong with the [N]-sized arguments, before anything is launched."""
     device = layout.offsets.device
-    for name, values in (("advantages", advantages), ("polarity", polarity), ("importance_weights", importance_weights)):
+    for name, values in (
+        ("advantages", advantages),
+        ("polarity", polarity),
+        ("importance_weights", importance_weights),
+    ):
         if values is None and name != "advantages":
             continue
         check_tensor(name, values, device=device)

@@ -137,7 +137,7 @@ class MinPRegularizer:
     """Lp-Reg's regulariser (arXiv 2510.03222): it replaces the surrogate of some unlikely tokens.
 
     Candidates are the floor(n q) tokens of lowest current log-prob among the n tokens of the batch with A < 0, if that
-    is more than one. Where logp < t, t the old policy's log-prob among the tokens with p >= min_p * max p, the surrogate
+    is more than one. Where logp < t, t the old policy's log-prob among the tokens with p >= min_p * max p, the loss
     becomes -A r + beta * clamp(e^(t - logp) - (t - logp) - 1, -10, 10).
     """
 
@@ -210,15 +210,15 @@ def _clipped(low: float, high: float, options: dict) -> Clip:
 def grpo(**options) -> Objective:
     """GRPO (DeepSeekMath, arXiv 2402.03300): clip .2/.2, k3 KL (coefficient 0 unless given), mean of rollout means.
 
-    Keywords, here and in every preset: kl_coef, kl_estimator, entropy_coef, aggregation, and (where the surrogate is the
-    clip) epsilon_low, epsilon_high, dual_clip, delta. Values out of range raise ValueError.
+    Keywords, here and in every preset: kl_coef, kl_estimator, entropy_coef, aggregation, and (where the surrogate is
+    the clip) epsilon_low, epsilon_high, dual_clip, delta. Values out of range raise ValueError.
     """
     surrogate = _clipped(0.2, 0.2, options)
     return _common("seq-mean-token-mean", options, surrogate=surrogate)
 
 
 def dr_grpo(**options) -> Objective:
-    """Dr. GRPO (arXiv 2503.20783): clip .2/.2, token sums over rollouts times max_length; advantages without the std."""
+    """Dr. GRPO (arXiv 2503.20783): clip .2/.2, token sums over rollouts x max_length; advantages without the std."""
     surrogate = _clipped(0.2, 0.2, options)
     return _common("seq-mean-token-sum-norm", options, surrogate=surrogate)
 
@@ -250,9 +250,7 @@ def w_reinforce(positive_weight: float = 0.1, negative_weight: float = 1.0, **op
     return _common("token-mean", options, surrogate=surrogate, shaping=shaping)
 
 
-def fork_tokens(
-    ratio: float = 0.2, rounding: str = "floor", normalize_over: str = "selected", **options
-) -> Objective:
+def fork_tokens(ratio: float = 0.2, rounding: str = "floor", normalize_over: str = "selected", **options) -> Objective:
     """Fork tokens (arXiv 2506.01939): DAPO on the `ratio` of tokens of highest current entropy in the batch.
 
     The released code rounds up (`rounding="ceil"`) and divides by the selected tokens (`normalize_over="selected"`).
@@ -281,10 +279,10 @@ def a3po(
 ) -> Objective:
     """A3PO (arXiv 2512.21625): DAPO with adaptive, asymmetric token weights.
 
-    In a positive rollout the `ratio` of its tokens of lowest old probability, and in a negative rollout those of highest,
+    In a positive rollout the `ratio` of its tokens of lowest old probability, and in a negative one those of highest,
     weigh beta(step) = max(1, rho - alpha * step); all other tokens weigh 1. rho = 2.0 is the released scripts' scale;
     the paper gives no alpha that we could verify: the default 0.005 is ours. `schedule` replaces beta. With
-    metric="entropy" the positive rollouts' tokens of highest entropy and the negative ones' of lowest take those places.
+    metric="entropy" the positive rollouts' tokens of highest entropy and the negative ones' of lowest do.
     """
     beta = LinearDecay(rho, alpha) if schedule is None else schedule
     unlikely, likely = ("low", "high") if metric == "probability" else ("high", "low")

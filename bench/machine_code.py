@@ -7,7 +7,6 @@ Kernels are compiled ahead of time as the launcher would compile them; no GPU is
 
 from __future__ import annotations
 
-import collections
 import os
 import re
 import subprocess
@@ -24,9 +23,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from a3po_kernels.ops import _token_kernels
+from a3po_kernels.ops import _token_kernels, select_tokens, surrogate, token_logprobs
 from a3po_kernels.ops import min_p as min_p_op
-from a3po_kernels.ops import select_tokens, surrogate, token_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,7 +33,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-_LENGTHS = ("n_rows", "rows_per_batch", "n_rollouts", "numerator", "denominator", "at_least", "required", "ignore_index")
+_LENGTHS = (
+    "n_rows",
+    "rows_per_batch",
+    "n_rollouts",
+    "numerator",
+    "denominator",
+    "at_least",
+    "required",
+    "ignore_index",
+)
 _FP64 = (
     "exponent_scale", "logit_scale", "softcap", "log2_min_p", "low", "high", "dual_clip", "delta", "tau_positive",
     "tau_negative", "kl_coef", "entropy_coef", "beta",
@@ -181,7 +188,9 @@ def _figures(case: Case, threads: int, code, labels, is_branch, barrier: str, wi
     counted = loop or names
     return {
         "instructions": len(names),
-        "widest_load": max((width for name in names for pattern, width in widths if re.match(pattern, name)), default=0),
+        "widest_load": max(
+            (width for name in names for pattern, width in widths if re.match(pattern, name)), default=0
+        ),
         "barriers_in_loop": sum(name.startswith(barrier) for name in loop),
         "loop_instructions": len(loop),
         "per_element": len(counted) * threads / case.elements,
@@ -225,8 +234,20 @@ def _read_amd(case: Case, compiled) -> MachineCode:
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\t([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+)\b(.*)", line):
             code.append((instruction[1], instruction[2]))
-    widths = ((r"(global|buffer)_load_dwordx4", 128), (r"(global|buffer)_load_dwordx2", 64), (r"global_load_dword$", 32))
-    figures = _figures(case, case.num_warps * 64, code, labels, lambda name: name.startswith(("s_cbranch", "s_branch")), "s_barrier", widths)
+    widths = (
+        (r"(global|buffer)_load_dwordx4", 128),
+        (r"(global|buffer)_load_dwordx2", 64),
+        (r"global_load_dword$", 32),
+    )
+    figures = _figures(
+        case,
+        case.num_warps * 64,
+        code,
+        labels,
+        lambda name: name.startswith(("s_cbranch", "s_branch")),
+        "s_barrier",
+        widths,
+    )
     # Scalar registers spill into vector registers, not into memory; scratch memory is what costs.
     spills = metadata("private_segment_fixed_size") + metadata("vgpr_spill_count")
     return MachineCode(metadata("vgpr_count"), spills, compiled.metadata.shared, **figures)

@@ -7,8 +7,19 @@ import torch
 
 import a3po_kernels
 from a3po_kernels import (
-    a3po, cispo, dapo, fork_tokens, group_advantages, grpo, lp_reg, min_p_token_logprobs, policy_loss, sapo,
-    select_tokens, token_logprobs, w_reinforce,
+    a3po,
+    cispo,
+    dapo,
+    fork_tokens,
+    group_advantages,
+    grpo,
+    lp_reg,
+    min_p_token_logprobs,
+    policy_loss,
+    sapo,
+    select_tokens,
+    token_logprobs,
+    w_reinforce,
 )  # fmt: skip
 
 LOGITS = torch.randn(2, 3, 5)

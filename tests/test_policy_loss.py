@@ -9,7 +9,7 @@ from batches import DTYPES, INTERPRETED, PRESETS, keywords_for, largest_error, p
 import a3po_kernels
 import reference
 
-# fp64: both compute in fp64, so only the order of sums differs. Otherwise statistics are fp32 from the given logits; the
+# fp64: both compute in fp64, only the order of sums differs. Otherwise statistics are fp32 from the given logits; the
 # reference gets the same logits in fp64. log-probs of about 5 nats carry a rounding of 3e-7, and sums of 40 such terms
 # of weight below 3 stay within 1e-5. A gradient is rounded once more, to the logits' dtype, at magnitudes below 1.
 LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -172,7 +172,13 @@ def test_nothing_to_learn(name, backend, device):
     targets = torch.full((4,), -100, device=device)
     ends = torch.tensor([0, 0, 4, 4], device=device)
     output = a3po_kernels.policy_loss(
-        logits, targets, torch.ones(3, device=device), objective=objective, cu_seqlens=ends, max_length=4, backend=backend
+        logits,
+        targets,
+        torch.ones(3, device=device),
+        objective=objective,
+        cu_seqlens=ends,
+        max_length=4,
+        backend=backend,
     )
     output.loss.backward()
     assert output.loss.item() == 0.0 and not logits.grad.any()

@@ -51,7 +51,7 @@ def test_group_advantages(normalize):
 
 
 def test_a3po_by_hand():
-    """Ten tokens: in the positive rollout the two least likely weigh 2 - 100 * .005, in the negative the two likeliest."""
+    """Ten tokens: 2 - 100 * .005 for the two least likely of the positive and the two likeliest of the negative."""
     old = torch.log(torch.tensor([[0.9, 0.1, 0.5, 0.4, 0.3, 0.2, 0.8, 0.7, 0.6, 0.05]])).repeat(2, 1)
     logits, targets = torch.zeros(2, 10, 4), torch.zeros(2, 10, dtype=torch.long)
     output = a3po_kernels.policy_loss(
@@ -63,7 +63,9 @@ def test_a3po_by_hand():
     assert output.metrics["selected_fraction_positive"].item() == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("sign, likely, raises", [(1, False, True), (-1, True, True), (1, True, False), (-1, False, False)])
+@pytest.mark.parametrize(
+    "sign, likely, raises", [(1, False, True), (-1, True, True), (1, True, False), (-1, False, False)]
+)
 def test_entropy_moves_as_the_paper_says(sign, likely, raises):
     """For one softmax row, a small step that raises an unlikely token or lowers a likely one raises its entropy.
 

@@ -51,14 +51,17 @@ def plain(logits, targets, **options):
     return z, logp, entropy
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 5.0, "logit_scale": 0.9}], ids=["plain", "capped"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6, "softcap": 5.0, "logit_scale": 0.9}], ids=["plain", "capped"]
+)
 @pytest.mark.parametrize("vocabulary", WIDE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_plain_pytorch(dtype, vocabulary, options, backend, device):
     """The error against fp64 does not exceed that of the plain formula in the same dtype.
 
     Equal up to 1.5 roundings: both err by a few units in the last place of fp32, in a different order of operations. In
-    fp64 the truth itself is rounded, hence 8.
+    fp64 the truth itself is rounded, hence 8; below V = 257 the plain formula is often exact and 2^t / sum is not, hence 4.
+    The kernels' softcap is within 3 roundings of the cap, torch's within 1.
     """
     if INTERPRETED and vocabulary > 32000 and dtype is not torch.bfloat16:
         pytest.skip("the interpreter is slow: the widest vocabulary in bf16 alone")
@@ -68,10 +71,14 @@ def test_no_worse_than_plain_pytorch(dtype, vocabulary, options, backend, device
     ours, exact = both(logits, targets, backend, weights, **options)
     z, logp, entropy = plain(logits, targets, **options)
     (logp * weights[0].to(logp) + entropy * weights[1].to(logp)).sum().backward()
-    slack = 8 if dtype == torch.float64 else 1.5
+    slack = 8 if dtype == torch.float64 else 4 if vocabulary < 257 else 1.5
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    for name, mine, user, truth in zip(("logp", "entropy", "gradient"), ours, (logp, entropy, z.grad), exact, strict=True):
+    for name, mine, user, truth in zip(
+        ("logp", "entropy", "gradient"), ours, (logp, entropy, z.grad), exact, strict=True
+    ):
         one_rounding = eps * max(truth.abs().max().item(), 1.0)
+        if backend == "triton" and "softcap" in options:
+            one_rounding += 2 * eps * options["softcap"] / options["temperature"]
         if name == "gradient":
             one_rounding += torch.finfo(dtype).eps * truth.abs().max().item()
         assert largest_error(mine, truth) <= largest_error(user, truth) + slack * one_rounding, name
@@ -140,13 +147,15 @@ def test_broken_rows_give_nan(bad, softcap, place, backend, device):
 @pytest.mark.parametrize("temperature", ["per token", "0-d"])
 def test_temperature_tensor(temperature, backend, device):
     logits, targets = random_rows(3, 6, 300, torch.float64, device)
-    value = torch.linspace(0.5, 2.0, 6, device=device) if temperature == "per token" else torch.tensor(0.7, device=device)
+    value = (
+        torch.linspace(0.5, 2.0, 6, device=device) if temperature == "per token" else torch.tensor(0.7, device=device)
+    )
     ours, exact = both(logits, targets, backend, temperature=value.double())
     assert all(largest_error(a, b) < 1e-12 for a, b in zip(ours, exact, strict=True))
 
 
 def test_strides(backend, device):
-    """Sliced, transposed and expanded logits, and odd row strides, equal their contiguous copies to the bit."""
+    """Sliced, transposed and expanded tensors, and odd row strides, equal their contiguous copies to the bit."""
     base = torch.randn(3, 6, 41, device=device)
     targets = torch.randint(0, 37, (3, 5), device=device)
     for view in (
@@ -164,6 +173,13 @@ def test_strides(backend, device):
         (two.logprobs.sum() + two.entropy.sum()).backward()
         assert torch.equal(one.logprobs, two.logprobs) and torch.equal(one.entropy, two.entropy)
         assert torch.equal(z.grad, same.grad)
+    one_rollout = base[:1, :5, :37]
+    for view in (torch.arange(10, device=device)[None, ::2], torch.tensor([[3]], device=device).expand(1, 5)):
+        one = a3po_kernels.token_logprobs(one_rollout, view, backend=backend)
+        two = a3po_kernels.token_logprobs(one_rollout, view.contiguous(), backend=backend)
+        assert torch.equal(one.logprobs, two.logprobs)
+        one = a3po_kernels.min_p_token_logprobs(one_rollout, view, backend=backend)
+        assert torch.equal(one, a3po_kernels.min_p_token_logprobs(one_rollout, view.contiguous(), backend=backend))
 
 
 def test_incoming_gradients(backend, device):
@@ -172,7 +188,11 @@ def test_incoming_gradients(backend, device):
     logits, targets = logits.view(2, 3, 50), targets.view(2, 3)
     exact_in = logits.cpu().requires_grad_()
     exact = reference.token_logprobs(exact_in, targets.cpu())
-    for which, grad in ((0, torch.ones(1, 1).expand(2, 3)), (1, torch.randn(3, 2).t()), (0, torch.randn(4, 6)[::2, ::2])):
+    for which, grad in (
+        (0, torch.ones(1, 1).expand(2, 3)),
+        (1, torch.randn(3, 2).t()),
+        (0, torch.randn(4, 6)[::2, ::2]),
+    ):
         z = logits.clone().requires_grad_()
         stats = a3po_kernels.token_logprobs(z, targets, backend=backend)
         (mine,) = torch.autograd.grad(stats[which], z, grad.double().to(device))
@@ -196,7 +216,10 @@ def test_softcap_near_zero(backend, device):
     """The softcap keeps the digits of small logits, where 1 - 2 / (e^2a + 1) would cancel."""
     logits = torch.logspace(-6, 1.5, 200, device=device).view(2, 100) * torch.tensor([[1.0], [-1.0]], device=device)
     ours, exact = both(logits, torch.tensor([0, 99], device=device), backend, softcap=30.0)
-    assert all(largest_error(a, b) < 2e-6 for a, b in zip(ours, exact, strict=True))
+    assert all(largest_error(a, b) < 4 * 30.0 * 1.2e-7 for a, b in zip(ours, exact, strict=True))
+    tiny = torch.tensor([[1e-5, 2e-5]], device=device)  # here the cancelling form would lose every digit
+    stats = a3po_kernels.token_logprobs(tiny, torch.tensor([1], device=device), softcap=30.0, backend=backend)
+    assert abs(stats.logprobs.item() + 0.6931421805599454) < 1e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -208,9 +231,7 @@ def test_min_p(dtype, min_p, softcap, backend, device):
     targets[3] = -100
     logits[5, :100] = -math.inf
     got = a3po_kernels.min_p_token_logprobs(logits, targets, min_p, softcap=softcap, logit_scale=1.2, backend=backend)
-    want = reference.min_p_token_logprobs(
-        logits.cpu().double(), targets.cpu(), min_p, softcap=softcap, logit_scale=1.2
-    )
+    want = reference.min_p_token_logprobs(logits.cpu().double(), targets.cpu(), min_p, softcap=softcap, logit_scale=1.2)
     assert torch.equal(got.isinf().cpu(), want.isinf())
     assert largest_error(got, want) < (1e-12 if dtype == torch.float64 else 1e-5)
     logits[0, 7], logits[2, 9], logits[4] = math.nan, math.inf, -math.inf

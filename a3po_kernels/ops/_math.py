@@ -23,11 +23,12 @@ def _reciprocal(x, COMPUTE: tl.constexpr):
 def softcapped(y, softcap, COMPUTE: tl.constexpr):
     """softcap * tanh(y / softcap) by one exponential; what is not finite passes unchanged.
 
-    1 - 2 / (e^2a + 1) cancels near 0, where fp32 takes the Taylor series instead.
+    tanh |a| = 1 - 2 e / (1 + e) with e = e^-2|a| <= 1; it cancels near 0, where fp32 takes the Taylor series instead.
     """
     inverse = 1.0 / softcap
-    e = tl.exp2(y * (2.0 * LOG2E * inverse))
-    u = softcap - (2.0 * softcap) * _reciprocal(e + 1.0, COMPUTE)
+    e = tl.exp2(tl.abs(y) * (-2.0 * LOG2E * inverse))
+    u = softcap - (2.0 * softcap * e) * _reciprocal(e + 1.0, COMPUTE)
+    u = tl.where(y < 0, -u, u)
     if COMPUTE == tl.float32:
         square = y * y
         r = inverse * inverse
@@ -38,7 +39,9 @@ def softcapped(y, softcap, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_capped(pointers, mask, logit_scale, softcap, MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr):
+def load_capped(
+    pointers, mask, logit_scale, softcap, MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr
+):
     """Capped logits u in the compute dtype; a column outside the row reads as -inf, so that it weighs nothing.
 
     u = softcap * tanh(logit_scale * z / softcap), or z itself without a softcap (the scale is then in k).

@@ -144,7 +144,13 @@ def finish_statistics_kernel(
     known = active & (targets >= 0) & (targets < n_columns)
     offset = (rows // rows_per_batch) * batch_stride + (rows % rows_per_batch) * row_stride + targets * column_stride
     target = load_capped(
-        logits_ptr + offset, known, tl.full((), logit_scale, COMPUTE), tl.full((), softcap, COMPUTE), True, HAS_SOFTCAP, COMPUTE
+        logits_ptr + offset,
+        known,
+        tl.full((), logit_scale, COMPUTE),
+        tl.full((), softcap, COMPUTE),
+        True,
+        HAS_SOFTCAP,
+        COMPUTE,
     )
     logp = (tl.fma(target, k, -shift) - log_sum) * LN2
     # The shift is rounded, so the largest exponent may pass 0 by that rounding.
@@ -222,7 +228,8 @@ def logits_gradient_kernel(
 def min_p_kernel(
     logits_ptr, targets_ptr, out_ptr,
     n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
-    ignore_index: tl.int64, log2_min_p: tl.float64, exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
+    ignore_index: tl.int64, log2_min_p: tl.float64,
+    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
     HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of the target among the tokens with p >= min_p * max p. Grid (rows,); two reads of the row."""
@@ -245,21 +252,21 @@ def min_p_kernel(
         pointers = base + tl.cast(first, tl.int64) * column_stride + offsets
         u = load_capped(pointers, first + columns < n_columns, scale, cap, True, HAS_SOFTCAP, COMPUTE)
         largest = tl.maximum(largest, u)
-    shift = k * tl.max(largest, axis=0)
+    largest_u = tl.max(largest, axis=0)
 
     total = tl.zeros((BLOCK,), COMPUTE)
     for first in range(0, n_columns, BLOCK):
         pointers = base + tl.cast(first, tl.int64) * column_stride + offsets
         inside = first + columns < n_columns
         u = load_capped(pointers, inside, scale, cap, True, HAS_SOFTCAP, COMPUTE)
-        t = tl.fma(u, tl.zeros_like(u) + k, tl.zeros_like(u) - shift)
+        t = (u - largest_u) * k  # exactly 0 at the maximum, which min_p = 1 keeps
         # "not below" rather than "at least": a NaN is kept, and makes the row NaN.
         total += tl.where(inside & ~(t < floor), tl.exp2(t), 0.0)
     log_sum = tl.log2(tl.sum(total, axis=0))
 
     known = (target >= 0) & (target < n_columns)
     u = load_capped(base + target * column_stride, known, scale, cap, True, HAS_SOFTCAP, COMPUTE)
-    t = u * k - shift
+    t = (u - largest_u) * k
     logp = (t - log_sum) * LN2
     logp = tl.where((t < floor) & (log_sum == log_sum), float("-inf"), logp)
     tl.store(out_ptr + row, tl.where(known, logp, float("nan")))

@@ -212,7 +212,7 @@ def select_tokens(
     -0.0 equals 0.0, NaN counts as the largest. Deterministic, no host synchronisation.
 
     Args:
-        metric: [B, T], or [N] with `cu_seqlens` (without it: one rollout); a floating-point tensor, never differentiated.
+        metric: [B, T], or [N] with `cu_seqlens` (without it: one rollout); floating point, never differentiated.
         mask: eligible tokens, of the metric's shape, bool or 0/1; all if None.
         cu_seqlens: [S + 1] int32 or int64 offsets of packed rollouts.
         ratio: share to select, in (0, 1].

@@ -24,8 +24,8 @@ SUMS = (
 class SurrogateForm(NamedTuple):
     """What the loss of a token is. Words choose code, numbers are run-time values.
 
-    kind: "clip", "cispo", "sapo" or "reinforce"; low, high: bounds of the ratio (cispo: low 0 is none); dual_clip, delta:
-    inf is none; tau_positive, tau_negative: SAPO's; beta: weight of the replacement regulariser.
+    kind: "clip", "cispo", "sapo" or "reinforce"; low, high: bounds of the ratio (cispo: low 0 is none); dual_clip,
+    delta: inf is none; tau_positive, tau_negative: SAPO's; beta: weight of the replacement regulariser.
     """
 
     kind: str
@@ -168,7 +168,7 @@ def rollout_sums_kernel(
 
 @triton.jit
 def policy_terms_kernel(
-    tokens_ptr, weights_ptr, logp_ptr, entropy_ptr, advantages_ptr, polarity_ptr, old_ptr, reference_ptr,
+    logp_ptr, entropy_ptr, tokens_ptr, weights_ptr, advantages_ptr, polarity_ptr, old_ptr, reference_ptr,
     importance_ptr, proxy_ptr, replaced_ptr, selected_ptr, offsets_ptr, scale_ptr, counts_ptr, log_ratio_ptr,
     d_logp_ptr, d_entropy_ptr, sums_ptr,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64, delta: tl.float64, tau_positive: tl.float64,
@@ -315,7 +315,21 @@ def _policy_terms(
     """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, sums [15]) of flat [N] tensors."""
     form = SurrogateForm(kind, sequence, kl_estimator, *numbers)
     count, rollouts = logp.numel(), offsets.numel() - 1
-    arguments = (logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected)
+    arguments = (
+        logp,
+        entropy,
+        tokens,
+        weights,
+        advantages,
+        polarity,
+        old,
+        reference,
+        importance,
+        proxy,
+        replaced,
+        selected,
+    )
+    arguments = tuple(x if x is None else x.contiguous() for x in arguments)  # the kernels know no strides
     scaling = (aggregation, normalize_selected, max_length, denominator, denominator_value)
     d_entropy = torch.zeros(count if form.entropy_coef else 0, dtype=logp.dtype, device=logp.device)
     if count == 0:
@@ -329,16 +343,16 @@ def _policy_terms(
     d_logp = torch.empty_like(logp)
     sums = logp.new_empty((rollouts, len(SUMS)))
     # On-policy the mean log ratio is 0 by definition: logp is its own old value.
-    before = logp if old is None else old
+    before = arguments[0] if old is None else arguments[6]
     with device_guard(logp):
         rollout_sums_kernel[(rollouts,)](
-            tokens, weights, logp, before, offsets, counts, log_ratio, rollouts,
+            arguments[2], arguments[3], arguments[0], before, offsets, counts, log_ratio, rollouts,
             SEQUENCE=sequence, BLOCK=_BLOCK, COMPUTE=compute,
         )  # fmt: skip
         scale = normalizer(counts, *scaling)
         policy_terms_kernel[(rollouts,)](
-            tokens, weights, logp, entropy, advantages, polarity, old, reference, importance, proxy, replaced, selected,
-            offsets, scale, counts, log_ratio, d_logp, d_entropy if form.entropy_coef else None, sums, *form[3:],
+            *arguments, offsets, scale, counts, log_ratio, d_logp,
+            d_entropy if form.entropy_coef else None, sums, *form[3:],
             KIND=kind, SEQUENCE=sequence, ESTIMATOR=kl_estimator, BLOCK=_BLOCK, COMPUTE=compute,
         )  # fmt: skip
     total = sums.sum(0, dtype=torch.float64).to(logp.dtype)
@@ -378,8 +392,8 @@ def policy_terms(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss (0-d, differentiable in logp and entropy) and the sums named in SUMS, of flat [N] tensors.
 
-    tokens: bool [N]; weights: shaping factors [N], 0 for a dropped token; advantages, polarity: [N]; old, reference: log
-    probs [N]; importance: [N]; proxy: log-probs [N] of the regulariser that replaces the `replaced` tokens' loss.
+    tokens: bool [N]; weights: shaping factors [N], 0 for a dropped token; advantages, polarity: [N]; old, reference:
+    log-probs [N]; importance: [N]; proxy: log-probs [N] of the regulariser that replaces the `replaced` tokens' loss.
     """
     tensor = denominator if isinstance(denominator, Tensor) else None
     value = None if tensor is not None or denominator is None else float(denominator)

@@ -47,7 +47,9 @@ def vector_width(logits: Tensor) -> int:
 def is_aligned(*tensors: Tensor) -> bool:
     """Whether every row of [batch, rows, V] starts on 16 bytes, so that loads can be 128 bits wide."""
     return all(
-        x.data_ptr() % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0 and (x.stride(1) * x.element_size()) % 16 == 0
+        x.data_ptr() % 16 == 0
+        and (x.stride(0) * x.element_size()) % 16 == 0
+        and (x.stride(1) * x.element_size()) % 16 == 0
         for x in tensors
     )
 
@@ -92,7 +94,8 @@ def _token_statistics(
         partial_statistics_kernel[(rows, splits)](
             logits, targets, pointer, partial, *shared,
             HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), SPLIT=SPLIT,
-            LANES=_CAPPED_LANES if softcap else _LANES, VEC=vector_width(logits), COMPUTE=compute, num_warps=4, enable_fp_fusion=True,
+            LANES=_CAPPED_LANES if softcap else _LANES, VEC=vector_width(logits), COMPUTE=compute, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
         finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
             logits, targets, pointer, partial, *outputs, *shared,
@@ -244,13 +247,15 @@ def token_logprobs(
     )
 
 
-def token_logprobs_unchecked(logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend):
+def token_logprobs_unchecked(
+    logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend
+):
     """token_logprobs after its checks."""
     tensor = temperature if isinstance(temperature, Tensor) else None
     if tensor is not None and tensor.ndim:
         tensor = tensor.reshape(-1)
     logp, entropy, _, _ = _token_statistics(
-        as_rows(logits), targets.reshape(-1), tensor, 1.0 if tensor is not None else float(temperature),
+        as_rows(logits), targets.reshape(-1).contiguous(), tensor, 1.0 if tensor is not None else float(temperature),
         float(logit_scale), float(softcap or 0.0), int(ignore_index), inplace_backward, backend,
     )  # fmt: skip
     return TokenStats(logp.view(targets.shape), entropy.view(targets.shape))

@@ -109,7 +109,16 @@ def policy_terms(
     picked = torch.zeros_like(tokens) if selected is None else selected & tokens
     ratio = at(ratio, tokens)
     flags = (
-        kept & clip_low, kept & clip_high, kept & dual, picked & positive, picked & negative, positive, negative, active, tokens,
+        kept & clip_low, kept & clip_high, kept & dual, picked & positive, picked & negative, positive, negative,
+        active, tokens,
     )  # fmt: skip
-    sums = [loss, entropy.sum(), at(kl, tokens).sum(), -gap.sum(), ratio.sum(), *(flag.sum() for flag in flags), ratio.amax()]
+    sums = [
+        loss,
+        entropy.sum(),
+        at(kl, tokens).sum(),
+        -gap.sum(),
+        ratio.sum(),
+        *(flag.sum() for flag in flags),
+        ratio.amax(),
+    ]
     return loss, d_logp, d_entropy, torch.stack([value.to(dtype) for value in sums])
