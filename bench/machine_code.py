@@ -7,6 +7,7 @@ Kernels are compiled ahead of time as the launcher would compile them; no GPU is
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -23,7 +24,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from a3po_kernels.ops import _token_kernels, select_tokens, surrogate, token_logprobs
+from a3po_kernels.ops import _surrogate_kernels, _token_kernels, select_tokens, surrogate, token_logprobs
 from a3po_kernels.ops import min_p as min_p_op
 
 TARGETS = {
@@ -96,7 +97,7 @@ def _vocabulary_case(name: str, kernel, elements: int, num_warps: int, dtype: st
 def _terms_case(name: str, **constants) -> Case:
     absent = dict.fromkeys(("reference_ptr", "importance_ptr", "proxy_ptr", "replaced_ptr", "d_entropy_ptr"))
     defaults = {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32}
-    return Case(name, surrogate.policy_terms_kernel, {**absent, **defaults, **constants}, surrogate._BLOCK)
+    return Case(name, _surrogate_kernels.policy_terms_kernel, {**absent, **defaults, **constants}, surrogate._BLOCK)
 
 
 def cases() -> list[Case]:
@@ -120,13 +121,13 @@ def cases() -> list[Case]:
         _vocabulary_case("gradient fp64 entropy", gradient, tile // 8, 8, "fp64"),
         _vocabulary_case("min-p bf16", min_p, min_p_op._BLOCK, 4, BLOCK=min_p_op._BLOCK),
         Case("select fp32", select_tokens.select_kernel, select, select_tokens._BLOCK),
-        Case("rollout sums", surrogate.rollout_sums_kernel, sums, surrogate._BLOCK),
+        Case("rollout sums", _surrogate_kernels.rollout_sums_kernel, sums, surrogate._BLOCK),
         _terms_case("terms clip"),
         _terms_case("terms clip sequence", SEQUENCE=True),
         _terms_case("terms cispo", KIND="cispo"),
         _terms_case("terms sapo", KIND="sapo"),
         Case(
-            "terms everything", surrogate.policy_terms_kernel,
+            "terms everything", _surrogate_kernels.policy_terms_kernel,
             {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32},
             surrogate._BLOCK,
         ),
@@ -161,7 +162,13 @@ class MachineCode:
 
 
 def inspect(case: Case, target: str) -> MachineCode:
-    """Compiles a case and reads its machine code."""
+    """Compiles a case of cases() and reads its machine code, once."""
+    return _inspect(case.name, target)
+
+
+@functools.cache
+def _inspect(name: str, target: str) -> MachineCode:
+    case = next(case for case in cases() if case.name == name)
     compiled = compile_case(case, target)
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     return read(case, compiled)

@@ -60,7 +60,7 @@ def test_no_worse_than_plain_pytorch(dtype, vocabulary, options, backend, device
     """The error against fp64 does not exceed that of the plain formula in the same dtype.
 
     Equal up to 1.5 roundings: both err by a few units in the last place of fp32, in a different order of operations. In
-    fp64 the truth itself is rounded, hence 8; below V = 257 the plain formula is often exact and 2^t / sum is not, hence 4.
+    fp64 the truth itself is rounded, hence 8; below V = 257 the plain formula is often exact: 4.
     The kernels' softcap is within 3 roundings of the cap, torch's within 1.
     """
     if INTERPRETED and vocabulary > 32000 and dtype is not torch.bfloat16:

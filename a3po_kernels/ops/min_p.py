@@ -90,7 +90,7 @@ def min_p_token_logprobs(
         raise ValueError(f"min_p must lie in (0, 1]; got {min_p}")
     check_targets(targets, logits.shape[-1], ignore_index, validate)
     out = _min_p(
-        as_rows(logits.detach()), targets.reshape(-1).contiguous(), float(min_p), float(logit_scale), float(softcap or 0.0),
-        int(ignore_index), backend,
+        as_rows(logits.detach()), targets.reshape(-1).contiguous(), float(min_p), float(logit_scale),
+        float(softcap or 0.0), int(ignore_index), backend,
     )  # fmt: skip
     return out.view(targets.shape)
