@@ -105,12 +105,13 @@ def a3po(
     """A3PO (arXiv 2512.21625): in positive rollouts the lowest, in negative rollouts the highest `ratio` of the tokens
     by old probability get weight beta(step) = max(1, rho - alpha step), all other tokens weight 1.
 
-    `schedule` replaces beta. `metric` replaces the probability in both rules and leaves their sides as they are
-    (SPEC is silent on what a3po(metric="entropy") should do with them).
+    `schedule` replaces beta. SPEC is silent on the sides of metric="entropy"; this project's reading: high entropy
+    takes the place of low probability, and low entropy that of high probability.
     """
     beta = LinearDecay(rho, alpha, 1.0) if schedule is None else schedule
     shared = {"metric": metric, "source": source, "ratio": ratio, "selected_scale": beta}
-    rules = (TokenRule(polarity=1, side="low", **shared), TokenRule(polarity=-1, side="high", **shared))
+    unlikely, likely = ("high", "low") if metric == "entropy" else ("low", "high")
+    rules = (TokenRule(polarity=1, side=unlikely, **shared), TokenRule(polarity=-1, side=likely, **shared))
     return build(Clip, DAPO_CLIP, overrides, shaping=rules)
 
 

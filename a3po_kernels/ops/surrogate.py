@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def _policy_terms(
     """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, sums [15]) of flat [N] tensors."""
     form = SurrogateForm(kind, sequence, kl_estimator, *numbers)
     count, rollouts = logp.numel(), offsets.numel() - 1
-    arguments = [
+    arguments: Any = [
         logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
     ]  # fmt: skip
     arguments = [x if x is None else x.contiguous() for x in arguments]  # the kernels know no strides
@@ -85,7 +85,9 @@ def _policy_terms(
         sums = logp.new_zeros(len(SUMS))
         return logp.new_zeros(()), torch.zeros_like(logp), d_entropy, sums
     if not uses_triton(backend, logp.device):
-        return torch_surrogate.policy_terms(*arguments, offsets, form, lambda counts: normalizer(counts, *scaling))
+        return torch_surrogate.policy_terms(
+            *arguments, offsets=offsets, form=form, scale_of=lambda counts: normalizer(counts, *scaling)
+        )
     compute = triton_dtype(logp.dtype)
     counts = logp.new_empty((2, rollouts))
     log_ratio = logp.new_empty(rollouts)

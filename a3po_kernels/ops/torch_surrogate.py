@@ -51,9 +51,9 @@ def _kl(estimator: str, logp: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
 
 def policy_terms(
     logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
-    offsets, form, normalizer,
+    *, offsets, form, scale_of,
 ):  # fmt: skip
-    """(loss, dL/dlogp, dL/dH, sums); normalizer maps the counts [2, S] to one factor per rollout [S]."""
+    """(loss, dL/dlogp, dL/dH, sums); scale_of maps the counts [2, S] to one factor per rollout [S]."""
     dtype = logp.dtype
     rollout = torch.searchsorted(offsets, torch.arange(logp.numel(), device=logp.device), right=True) - 1
 
@@ -65,7 +65,7 @@ def policy_terms(
     logp, entropy = at(logp, tokens), at(entropy, tokens)
     advantage = at(advantages, kept) * weights
     counts = torch.stack([_segment_sum(flags.to(dtype), offsets) for flags in (tokens, kept)])
-    scale = normalizer(counts)[rollout]
+    scale = scale_of(counts)[rollout]
     length = counts[0].clamp(min=1.0)
 
     gap = torch.zeros_like(logp) if old is None else at(logp - old, tokens)
