@@ -2,7 +2,8 @@
 
     python bench/cpu_logits.py [--rows 1024] [--vocabulary 32000] [--threads 2] [--repeats 7] [--output FILE]
 
-Providers run in turn in one process for the times (quote the median of paired ratios: the machine may be noisy), then each alone in a process of its own for the peak of resident memory above the inputs.
+Providers run in turn in one process for the times (quote the median of paired ratios: the machine may be noisy), then
+each alone in a process of its own for the peak of resident memory above the inputs.
 """
 
 from __future__ import annotations

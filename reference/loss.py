@@ -153,7 +153,7 @@ def aggregate(
     """SPEC section 4. `loss_of` holds the kept tokens; a dropped token adds nothing to any sum.
 
     A dropped token still has its place in the denominators (n_s, sum M, number of rollouts with a token) unless
-    normalize_over is "selected".
+    normalize_over is "selected". `denominator` replaces the outer divisor only: the 1/n_s of seq-mean-token-mean stays.
     """
     sums, counts = [], []
     for rows in batch.tokens:
@@ -207,7 +207,12 @@ def metrics_of(
         return values.to(zero.dtype).sum() / len(rows) if rows else zero
 
     logp, r = logprobs[rows], ratios(objective, batch, logprobs)[rows]
-    kept = weights[rows] != 0
+    # The clip fractions count the kept tokens whose loss is the surrogate's: where Lp-Reg replaced it, nothing clips.
+    kept = [row for row in rows if weights[row] != 0]
+    replaced: list[int] = []
+    if objective.low_probability is not None:
+        replaced = low_probability_rows(objective.low_probability, batch, kept, logprobs, batch.min_p_logprobs)
+    clippable = torch.tensor([row in kept and row not in replaced for row in rows], dtype=torch.bool)
     shaped = batch.advantages[rows] * weights[rows]
     low, high = clipped_low_high(objective.surrogate, shaped, r)
 
@@ -226,9 +231,9 @@ def metrics_of(
         "approx_kl": mean(-log_ratios(batch, logprobs)[rows]),
         "ratio_mean": mean(r),
         "ratio_max": r.max() if rows else zero,
-        "clip_fraction_low": mean(kept & low),
-        "clip_fraction_high": mean(kept & high),
-        "dual_clip_fraction": mean(kept & dual_clipped(objective.surrogate, shaped, r)),
+        "clip_fraction_low": mean(clippable & low),
+        "clip_fraction_high": mean(clippable & high),
+        "dual_clip_fraction": mean(clippable & dual_clipped(objective.surrogate, shaped, r)),
         "selected_fraction_positive": selected_fraction(1),
         "selected_fraction_negative": selected_fraction(-1),
         "active_fraction": mean(active[rows]),

@@ -106,7 +106,10 @@ def group_advantages(rewards: Tensor, group_ids, normalize: str = "std") -> Tens
     """Group-relative advantages: A = (R - mu_g) / (sigma_g + 1e-6), sigma unbiased (GRPO, DeepSeekMath 2402.03300).
 
     normalize="none" leaves the division out (Dr.GRPO, arXiv 2503.20783). A group of one has no spread to compare
-    with: A = R, exactly. `group_ids` is a tensor or a sequence of anything hashable.
+    with: A = R, exactly. A group of equal rewards has A = 0, exactly: the mean of equal numbers can miss them by a
+    rounding error, which the division by sigma + 1e-6 would blow up to 0.1 in float32.
+
+    `group_ids` is a tensor or a sequence of anything hashable.
     """
     one_of("normalize", normalize, ("std", "none"))
     ids = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)
@@ -119,6 +122,9 @@ def group_advantages(rewards: Tensor, group_ids, normalize: str = "std") -> Tens
         if len(members) == 1:
             continue
         of_group = rewards[members]
+        if of_group.eq(of_group[0]).all():
+            advantages[members] = 0.0
+            continue
         centred = of_group - of_group.mean()
         advantages[members] = centred / (of_group.std(unbiased=True) + 1e-6) if normalize == "std" else centred
     return advantages

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import triton
 from batches import DTYPES, INTERPRETED, largest_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -86,6 +87,8 @@ def test_no_worse_than_plain_pytorch(dtype, vocabulary, options, backend, device
 
 def test_large_logits_keep_their_digits(backend, device):
     """At 1e4 the log-sum-exp alone has a rounding of 1e-3 in fp32; probabilities and gradients must not."""
+    if INTERPRETED and triton.__version__.startswith("3.6"):
+        pytest.skip("the interpreter of Triton 3.6 rounds the product inside tl.fma, as no GPU does")
     logits = torch.tensor([[1e4, 1e4 - 1.0, 1e4 - 3.0, -1e4], [-1e4, -1e4, 1e4, 1e4]], device=device)
     targets = torch.tensor([1, 3], device=device)
     (logp, entropy, gradient), exact = both(logits, targets, backend)

@@ -27,14 +27,16 @@ def _order_keys(values, HIGH: tl.constexpr, DIGITS: tl.constexpr):
     if DIGITS == 16:
         bits = values.to(tl.int64, bitcast=True)
         keys = tl.where(bits < 0, ~bits, bits ^ (-0x7FFFFFFFFFFFFFFF - 1))
-        keys = tl.where(values == values, keys, -1).to(tl.uint64, bitcast=True)
     else:
         bits = values.to(tl.int32, bitcast=True)
         keys = tl.where(bits < 0, ~bits, bits ^ (-0x7FFFFFFF - 1))
-        keys = tl.where(values == values, keys, -1).to(tl.uint32, bitcast=True)
+    keys = tl.where(values == values, keys, -1)
     if HIGH:
         keys = ~keys
-    return keys
+    if DIGITS == 16:
+        return keys.to(tl.uint64, bitcast=True)
+    else:
+        return keys.to(tl.uint32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["numerator", "denominator", "at_least", "required"])
