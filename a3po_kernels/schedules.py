@@ -73,8 +73,10 @@ class ExponentialDecay:
         _check_finite(start=self.start, rate=self.rate, minimum=self.minimum)
 
     def __call__(self, step: Value) -> Value:
-        decay = torch.exp(-self.rate * step) if isinstance(step, Tensor) else math.exp(-self.rate * step)
-        return self.minimum + (self.start - self.minimum) * decay
+        height = self.start - self.minimum
+        if isinstance(step, Tensor):
+            return self.minimum + height * torch.exp(-self.rate * step)
+        return self.minimum + height * math.exp(-self.rate * step)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ class CosineDecay:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
 
     def __call__(self, step: Value) -> Value:
+        height = 0.5 * (self.start - self.minimum)
         if isinstance(step, Tensor):
-            wave = torch.cos(math.pi * (step / self.steps).clamp(0.0, 1.0))
-        else:
-            wave = math.cos(math.pi * min(max(step / self.steps, 0.0), 1.0))
-        return self.minimum + (self.start - self.minimum) * 0.5 * (1.0 + wave)
+            return self.minimum + height * (1.0 + torch.cos(math.pi * (step / self.steps).clamp(0.0, 1.0)))
+        return self.minimum + height * (1.0 + math.cos(math.pi * min(max(step / self.steps, 0.0), 1.0)))

@@ -90,7 +90,9 @@ def _vocabulary_case(name: str, kernel, elements: int, num_warps: int, dtype: st
         "ROWS": token_logprobs._FINISH_ROWS, "BLOCK": token_logprobs._GRADIENT_BYTES // size,
         "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
     }  # fmt: skip
-    merged = {key: value for key, value in {**defaults, **constants}.items() if key in kernel.arg_names}
+    merged = {**defaults, **constants}
+    # A pointer that is given is an argument, not a constant.
+    merged = {key: value for key, value in merged.items() if key in kernel.arg_names and value != "argument"}
     return Case(name, kernel, merged, elements, dtype, num_warps)
 
 
@@ -105,6 +107,7 @@ def cases() -> list[Case]:
     forward, gradient = _token_kernels.partial_statistics_kernel, _token_kernels.logits_gradient_kernel
     finish, min_p = _token_kernels.finish_statistics_kernel, _token_kernels.min_p_kernel
     lanes, capped, tile = token_logprobs._LANES, token_logprobs._CAPPED_LANES, token_logprobs._GRADIENT_BYTES
+    per_token = {"temperature_ptr": "argument"}  # a pointer: one temperature a token
     select = {"HIGH": False, "CEIL": False, "DIGITS": 8, "BLOCK": select_tokens._BLOCK}
     sums = {"SEQUENCE": True, "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32}
     return [
@@ -113,12 +116,14 @@ def cases() -> list[Case]:
         _vocabulary_case("statistics fp32", forward, 2 * lanes * 4, 4, "fp32"),
         _vocabulary_case("statistics fp64", forward, 2 * lanes * 2, 4, "fp64"),
         _vocabulary_case("statistics bf16 unaligned", forward, 2 * lanes * 8, 4, ALIGNED=False),
+        _vocabulary_case("statistics fp16 temperature", forward, 2 * lanes * 8, 4, "fp16", **per_token),
         _vocabulary_case("finish bf16", finish, token_logprobs._FINISH_ROWS, 4),
         _vocabulary_case("gradient bf16", gradient, tile // 2, 8, grad_entropy_ptr=None),
         _vocabulary_case("gradient bf16 entropy", gradient, tile // 2, 8),
         _vocabulary_case("gradient bf16 entropy softcap", gradient, tile // 2, 8, HAS_SOFTCAP=True),
         _vocabulary_case("gradient fp32 entropy", gradient, tile // 4, 8, "fp32"),
         _vocabulary_case("gradient fp64 entropy", gradient, tile // 8, 8, "fp64"),
+        _vocabulary_case("gradient bf16 transposed", gradient, tile // 2, 8, column_stride="argument", ALIGNED=False),
         _vocabulary_case("min-p bf16", min_p, min_p_op._BLOCK, 4, BLOCK=min_p_op._BLOCK),
         Case("select fp32", select_tokens.select_kernel, select, select_tokens._BLOCK),
         Case("rollout sums", _surrogate_kernels.rollout_sums_kernel, sums, surrogate._BLOCK),

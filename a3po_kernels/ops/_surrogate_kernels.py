@@ -104,7 +104,7 @@ def _kl(logp, reference, ESTIMATOR: tl.constexpr, COMPUTE: tl.constexpr):
         return e - gap - 1.0, 1.0 - e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rollouts"])
 def rollout_sums_kernel(
     tokens_ptr, weights_ptr, logp_ptr, old_ptr, offsets_ptr, counts_ptr, log_ratio_ptr, n_rollouts,
     SEQUENCE: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,

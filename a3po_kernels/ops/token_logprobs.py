@@ -79,9 +79,9 @@ def _token_statistics(
         )
     rows, columns = targets.numel(), logits.shape[-1]
     dtype = compute_dtype(logits.dtype)
-    outputs = tuple(torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(4))
+    logp, entropy, shift, log_sum = (torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(4))
     if rows == 0:
-        return outputs
+        return logp, entropy, shift, log_sum
     splits = triton.cdiv(columns, SPLIT)
     partial = torch.empty((splits, 3, rows), dtype=dtype, device=logits.device)
     pointer, stride = temperature_arguments(temperature)
@@ -98,11 +98,11 @@ def _token_statistics(
             enable_fp_fusion=True,
         )  # fmt: skip
         finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
-            logits, targets, pointer, partial, *outputs, *shared,
+            logits, targets, pointer, partial, logp, entropy, shift, log_sum, *shared,
             HAS_SOFTCAP=bool(softcap), SPLITS=splits, ROWS=_FINISH_ROWS, COMPUTE=compute, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-    return outputs
+    return logp, entropy, shift, log_sum
 
 
 @_token_statistics.register_fake
