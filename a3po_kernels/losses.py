@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._layout import TokenLayout, token_layout
 from .objectives import Cispo, Clip, Objective, Sapo
-from .ops._dispatch import INDEX_DTYPES, LOGIT_DTYPES, check_backend, check_tensor, check_transform
+from .ops._dispatch import LOGIT_DTYPES, check_rows, check_tensor
+from .ops._layout import TokenLayout, token_layout
 from .ops.min_p import min_p_token_logprobs
 from .ops.surrogate import SurrogateForm, policy_terms
 from .ops.token_logprobs import TokenStats, check_no_overlap, check_targets, token_logprobs_unchecked
@@ -246,9 +246,7 @@ def policy_loss(
     if logits.ndim != (3 if cu_seqlens is None else 2) or logits.shape[-1] < 1:
         hint = "; packed logits [N, V] need cu_seqlens" if cu_seqlens is None and logits.ndim == 2 else ""
         raise ValueError(f"logits must have shape {expected} with V >= 1; got {list(logits.shape)}{hint}")
-    check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
-    check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)
-    check_backend(backend, logits.device)
+    check_rows(logits, targets, temperature, softcap, logit_scale, backend)
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     _check_token_arguments(
         layout, objective, advantages, old_logprobs, ref_logprobs, polarity, old_entropy, min_p_logprobs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+from typing import Any
 
 import torch
 import triton
@@ -86,6 +87,18 @@ def check_transform(temperature: object, softcap: object, logit_scale: object, r
         raise ValueError("temperature must not require a gradient: none is computed for it")
     if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
         raise ValueError("temperature must be positive everywhere")
+
+
+def check_rows(
+    logits: Any, targets: Any, temperature: object, softcap: object, logit_scale: object, backend: str
+) -> None:
+    """All that can be wrong with logits [..., V], targets [...] and the transform, short of their values."""
+    check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
+    check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
+    check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)
+    check_backend(backend, logits.device)
 
 
 def as_rows(logits: torch.Tensor) -> torch.Tensor:

@@ -8,18 +8,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from ._dispatch import (
-    INDEX_DTYPES,
-    LOGIT_DTYPES,
-    as_rows,
-    check_backend,
-    check_tensor,
-    check_transform,
-    compute_dtype,
-    device_guard,
-    triton_dtype,
-    uses_triton,
-)
+from ._dispatch import as_rows, check_rows, compute_dtype, device_guard, triton_dtype, uses_triton
 from ._token_kernels import min_p_kernel
 from .token_logprobs import check_targets, exponent_scale, is_aligned, vector_width
 
@@ -78,12 +67,7 @@ def min_p_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError: as token_logprobs does.
     """
-    check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
-    check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
-    check_transform(1.0, softcap, logit_scale, targets.shape, logits.device)
-    check_backend(backend, logits.device)
+    check_rows(logits, targets, 1.0, softcap, logit_scale, backend)
     if isinstance(min_p, bool) or not isinstance(min_p, (int, float)):
         raise TypeError(f"min_p must be a number; got {type(min_p).__name__}")
     if not 0 < min_p <= 1:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import token_layout
+from ..distributed import select_global
 from ._dispatch import check_backend, check_tensor, device_guard, uses_triton
+from ._layout import token_layout
+from ._rounding import bounded_fraction
 
 SIDES = ("low", "high")
 SCOPES = ("rollout", "batch", "global")
@@ -96,26 +96,6 @@ def select_kernel(
         ties += tl.sum(tied, axis=0)
 
 
-def bounded_fraction(ratio: float, limit: int, ceil: bool) -> Fraction:
-    """A fraction whose multiples by 0..limit round as those of the decimal `ratio` do, with a denominator <= limit.
-
-    It is the nearest such fraction on the side that rounding goes to, so 64-bit products cannot overflow.
-    """
-    exact = Fraction(str(ratio))
-    limit = max(limit, 1)
-    if exact.denominator <= limit:
-        return exact
-    near = exact.limit_denominator(limit)
-    if near == exact or (near > exact) == ceil:
-        return near
-    # The Farey neighbour on the other side of `exact`: a d - b c = +-1 with the largest d <= limit.
-    a, b = near.numerator, near.denominator
-    sign = -1 if ceil else 1
-    d = (sign * pow(a, -1, b)) % b if b > 1 else 0
-    d += (limit - d) // b * b
-    return Fraction((a * d - sign) // b, d)
-
-
 def _select_torch(metric, eligible, offsets, fraction, high, ceil, at_least, required):
     """The same by two stable sorts: by the metric, then by (segment, not eligible)."""
     count = metric.numel()
@@ -150,7 +130,7 @@ def _select_tokens(
     # One long segment leaves a GPU to one program: sort instead. The result is the same, to the token.
     if not uses_triton(backend, metric.device) or (segments == 1 and count > _LONGEST_SEGMENT):
         return _select_torch(metric, eligible, offsets, fraction, high, ceil, at_least, required)
-    out = torch.empty_like(eligible)
+    out = torch.zeros_like(eligible)
     with device_guard(metric):
         select_kernel[(segments,)](
             metric, eligible.view(torch.int8), offsets, out.view(torch.int8),
@@ -175,8 +155,6 @@ def select_flat(
         metric = metric.float()
     eligible = eligible.contiguous()
     if scope == "global":
-        from ..distributed import select_global
-
         return select_global(metric, eligible, ratio, side == "high", rounding == "ceil", at_least, required)
     if scope == "batch":
         offsets = torch.stack([torch.zeros_like(offsets[0]), torch.full_like(offsets[0], metric.numel())])

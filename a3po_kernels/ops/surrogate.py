@@ -91,7 +91,7 @@ def _policy_terms(
     compute = triton_dtype(logp.dtype)
     counts = logp.new_empty((2, rollouts))
     log_ratio = logp.new_empty(rollouts)
-    d_logp = torch.empty_like(logp)
+    d_logp = torch.zeros_like(logp)  # a row that no rollout holds has no gradient
     sums = logp.new_empty((rollouts, len(SUMS)))
     # On-policy the mean log ratio is 0 by definition: logp is its own old value.
     before = arguments[0] if old is None else arguments[6]

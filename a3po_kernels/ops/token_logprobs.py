@@ -9,18 +9,7 @@ import triton
 from torch import Tensor
 
 from . import torch_backend
-from ._dispatch import (
-    INDEX_DTYPES,
-    LOGIT_DTYPES,
-    as_rows,
-    check_backend,
-    check_tensor,
-    check_transform,
-    compute_dtype,
-    device_guard,
-    triton_dtype,
-    uses_triton,
-)
+from ._dispatch import as_rows, check_rows, compute_dtype, device_guard, triton_dtype, uses_triton
 from ._token_kernels import finish_statistics_kernel, logits_gradient_kernel, partial_statistics_kernel
 
 # Columns of one program: a function of nothing but this constant and V, for batch invariance.
@@ -233,12 +222,7 @@ def token_logprobs(
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
         RuntimeError: on a double backward, which is not implemented.
     """
-    check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
-    check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
-    check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)
-    check_backend(backend, logits.device)
+    check_rows(logits, targets, temperature, softcap, logit_scale, backend)
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
     check_targets(targets, logits.shape[-1], ignore_index, validate)

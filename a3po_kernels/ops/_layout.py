@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops._dispatch import INDEX_DTYPES, check_tensor
+from ._dispatch import INDEX_DTYPES, check_tensor
 
 
 @dataclass(frozen=True)
@@ -91,4 +91,5 @@ def token_layout(
         rising = bool((offsets.diff() >= 0).all())
         if not rising or int(offsets[0]) != 0 or int(offsets[-1]) != shape[0]:
             raise ValueError(f"cu_seqlens must rise from 0 to N = {shape[0]}; got {cu_seqlens.tolist()}")
-    return TokenLayout(shape, offsets, padded=False)
+    # Where values were not read, wrong ends still must not lead a kernel out of bounds.
+    return TokenLayout(shape, offsets.clamp(0, shape[0]), padded=False)
