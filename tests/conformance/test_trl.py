@@ -1,8 +1,14 @@
-"""TRL's GRPOTrainer loss and log-prob helpers, as published, on the same tensors."""
+"""TRL's GRPOTrainer loss and log-prob helpers, as published, on the same tensors.
+
+Where TRL differs from SPEC.md by design, a test states the difference: rollouts without a token, log ratios beyond 20,
+KL of tokens that the entropy mask drops, the entropy mask's count.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -17,17 +23,18 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # noqa
 pytestmark = pytest.mark.trl
 
 ROLLOUTS, LENGTH, VOCABULARY, MAX_LENGTH = 4, 9, 50, 16
-# fp32 on both sides: losses of a few terms below 3, each with some roundings of 1e-7.
+# fp32 on both sides: a log-prob near 8 carries a few roundings of 2^-21 = 5e-7 into the ratio; the loss averages terms
+# below 3 of either sign, and the gradient of a logit is a token's share (at most 1) of a ratio below 3, times p.
 LOSS, GRADIENT = 3e-6, 1e-6
 
 
-def batch(seed=0):
+def batch(seed=0, lengths=(9, 4, 1, 7)):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(ROLLOUTS, LENGTH, VOCABULARY, generator=generator)
     targets = torch.randint(0, VOCABULARY, (ROLLOUTS, LENGTH), generator=generator)
     current = torch.log_softmax(logits, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     noise = torch.randn(3, ROLLOUTS, LENGTH, generator=generator)
-    lengths = torch.tensor([9, 4, 1, 7])
+    lengths = torch.tensor(lengths)
     return SimpleNamespace(
         logits=logits,
         targets=targets,
@@ -40,29 +47,32 @@ def batch(seed=0):
 
 
 def trl_loss(
-    data, *, loss_type="grpo", level="token", beta=0.0, delta=None, low=0.2, high=0.28, correct=False, items=None
-):
+    data, *, loss_type="grpo", level="token", beta=0.0, delta=None, low=0.2, high=0.28, correct=False, items=None,
+    accumulation=1, generation=1, processes=1, quantile=1.0, bonus=0.0,
+):  # fmt: skip
     """(loss, gradient of the logits) of the trainer's own _compute_loss on a stand-in trainer."""
     logits = data.logits.clone().requires_grad_()
 
     def statistics(*args, **kwargs):
-        return selective_log_softmax(logits, data.targets), entropy_from_logits(logits).detach(), None
+        return selective_log_softmax(logits, data.targets), entropy_from_logits(logits), None
 
     args = SimpleNamespace(
         delta=delta, use_bias_correction_kl=False, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
-        steps_per_generation=1, entropy_target=0.0,
+        steps_per_generation=generation, entropy_target=0.0,
     )  # fmt: skip
     accelerator = SimpleNamespace(
-        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x,
-        sync_gradients=True,
+        num_processes=processes, gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x,
+        pad_across_processes=lambda x, **_: x, sync_gradients=True,
     )  # fmt: skip
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=statistics, aux_loss_enabled=False, top_entropy_quantile=1.0,
+        _get_per_token_logps_and_entropies=statistics, aux_loss_enabled=False, top_entropy_quantile=quantile,
         off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta, args=args, loss_type=loss_type,
         epsilon_low=low, epsilon_high=high, use_vllm=correct, vllm_importance_sampling_correction=correct,
-        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, accelerator=accelerator,
-        max_completion_length=MAX_LENGTH, _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)},
+        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=accumulation,
+        accelerator=accelerator, max_completion_length=MAX_LENGTH, _entropy_bonus_enabled=bonus != 0,
+        entropy_coef=bonus, use_adaptive_entropy=False, _metrics={"train": defaultdict(list)},
     )  # fmt: skip
+    trainer.get_high_entropy_mask = lambda *a: GRPOTrainer.get_high_entropy_mask(trainer, *a)
     inputs = {
         "prompt_ids": torch.zeros(ROLLOUTS, 2, dtype=torch.long), "prompt_mask": torch.ones(ROLLOUTS, 2),
         "completion_ids": data.targets, "completion_mask": data.mask, "advantages": data.advantages,
@@ -86,8 +96,8 @@ def our_loss(data, objective, **keywords):
 
 
 def assert_same(theirs, ours):
-    assert torch.allclose(theirs[0], ours[0].loss, atol=LOSS, rtol=0)
-    assert torch.allclose(theirs[1], ours[1], atol=GRADIENT, rtol=0)
+    torch.testing.assert_close(ours[0].loss, theirs[0], atol=LOSS, rtol=0)
+    torch.testing.assert_close(ours[1], theirs[1], atol=GRADIENT, rtol=0)
 
 
 CASES = {
@@ -129,20 +139,100 @@ def test_loss_types(loss_type, beta, correct):
         assert theirs[2]["clip_ratio/high_mean"][0] == pytest.approx(metrics["clip_fraction_high"].item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("delta", [1.3, 2.0])
-def test_two_sided_clipping(delta):
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("delta", [1.05, 1.3, 2.0])
+def test_two_sided_clipping(delta, loss_type):
+    """delta below 1 + epsilon_high, too."""
     data = batch(1)
-    theirs = trl_loss(data, loss_type="bnpo", delta=delta, low=0.1, high=0.1)
-    objective = a3po_kernels.grpo(aggregation="token-mean", delta=delta, epsilon_low=0.1, epsilon_high=0.1)
-    assert_same(theirs, our_loss(data, objective))
+    theirs = trl_loss(data, loss_type=loss_type, delta=delta, low=0.1, high=0.1)
+    name, overrides = CASES[loss_type]
+    objective = getattr(a3po_kernels, name)(delta=delta, epsilon_low=0.1, epsilon_high=0.1, **overrides)
+    assert_same(theirs, our_loss(data, objective, max_length=MAX_LENGTH))
 
 
+@pytest.mark.parametrize("correct", [False, True], ids=["", "corrected"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("delta", [None, 1.1])
 @pytest.mark.parametrize("bound", [0.02, 0.5])
-def test_sequence_level(bound):
-    """GSPO: TRL differentiates through the mean, as we do."""
+def test_sequence_level(bound, delta, beta, correct):
+    """GSPO: TRL differentiates through the mean, as we do; padding is outside both means."""
     data = batch(2)
-    theirs = trl_loss(data, loss_type="grpo", level="sequence", low=bound, high=bound)
-    assert_same(theirs, our_loss(data, a3po_kernels.gspo(epsilon_low=bound, epsilon_high=bound)))
+    theirs = trl_loss(data, level="sequence", low=bound, high=bound, delta=delta, beta=beta, correct=correct)
+    objective = a3po_kernels.gspo(epsilon_low=bound, epsilon_high=bound, delta=delta, kl_coef=beta)
+    keywords = {"importance_weights": data.correction} if correct else {}
+    assert_same(theirs, our_loss(data, objective, **keywords))
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "cispo", "sapo"])
+def test_on_policy_and_advantages_per_token(loss_type):
+    data = batch(6)
+    data.old = None
+    data.advantages = torch.randn(ROLLOUTS, LENGTH, generator=torch.Generator().manual_seed(7))
+    name, overrides = CASES[loss_type]
+    theirs = trl_loss(data, loss_type=loss_type, high=1.28 if loss_type == "cispo" else 0.2)
+    assert_same(theirs, our_loss(data, getattr(a3po_kernels, name)(**overrides)))
+
+
+def test_normalizers_of_accumulation_and_ranks():
+    """dapo: tokens of the generation batch, rescaled to one accumulation window of one rank; grpo: / accumulation."""
+    data = batch(8)
+    window = {"accumulation": 2, "generation": 4, "processes": 2}
+    theirs = trl_loss(data, loss_type="dapo", items=500, **window)
+    assert_same(theirs, our_loss(data, a3po_kernels.dapo(), denominator=500 / 2 * 2 / 4))
+    theirs = trl_loss(data, loss_type="grpo", **window)
+    assert_same(theirs, our_loss(data, a3po_kernels.grpo(epsilon_high=0.28), denominator=ROLLOUTS * 2))
+
+
+def test_rollouts_without_a_token():
+    """TRL averages over all rollouts, we over those with a token: `denominator` gives TRL's mean. dr_grpo agrees."""
+    data = batch(9, lengths=(9, 0, 3, 7))
+    for loss_type in ("grpo", "sapo"):
+        name, overrides = CASES[loss_type]
+        objective = getattr(a3po_kernels, name)(**overrides)
+        theirs = trl_loss(data, loss_type=loss_type, high=0.2)
+        assert_same(theirs, our_loss(data, objective, denominator=ROLLOUTS))
+        ours = our_loss(data, objective)
+        assert_same([3 / 4 * ours[0].loss, 3 / 4 * ours[1]], (SimpleNamespace(loss=theirs[0]), theirs[1]))
+    theirs = trl_loss(data, loss_type="dr_grpo", high=0.2)
+    assert_same(theirs, our_loss(data, a3po_kernels.dr_grpo(), max_length=MAX_LENGTH))
+
+
+def test_log_ratios_beyond_20():
+    """TRL exponentiates any log ratio; ours stops at 20, without a gradient, as verl's does."""
+    data = batch(10, lengths=(1, 0, 0, 0))
+    data.advantages = -torch.ones(ROLLOUTS)
+    current = torch.log_softmax(data.logits, -1).gather(-1, data.targets.unsqueeze(-1)).squeeze(-1)
+    data.old = current - 25.0
+    theirs, ours = trl_loss(data, loss_type="bnpo"), our_loss(data, a3po_kernels.dapo())
+    assert theirs[0].log().item() == pytest.approx(25.0, abs=1e-5) and theirs[1].abs().max() > 0
+    assert ours[0].loss.log().item() == pytest.approx(20.0, abs=1e-5) and ours[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_top_entropy_tokens(beta):
+    """top_entropy_quantile is fork_tokens over all tokens, but TRL keeps the dropped tokens' KL, and we drop it."""
+    data = batch(11, lengths=(9, 4, 1, 6))  # 20 tokens, of which either rule selects 4
+    theirs = trl_loss(data, loss_type="bnpo", quantile=0.2, beta=beta)
+    ours = our_loss(data, a3po_kernels.fork_tokens(normalize_over="all", kl_coef=beta))
+    assert (ours[0].weights != 0).sum() == 4
+    logits = data.logits.clone().requires_grad_()
+    gap = data.ref - selective_log_softmax(logits, data.targets)
+    dropped = data.mask * (ours[0].weights == 0)
+    difference = beta * ((gap.exp() - gap - 1) * dropped).sum() / data.mask.sum()
+    difference.backward()
+    assert bool(difference > 1e-4) == (beta > 0)
+    assert_same((theirs[0] - difference.detach(), theirs[1] - logits.grad), ours)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
+def test_entropy_bonus(loss_type):
+    """TRL's bonus is a mean over the micro-batch's tokens whatever the loss's denominator; ours shares the latter."""
+    data, items = batch(12), 42
+    theirs = trl_loss(data, loss_type=loss_type, bonus=0.05, items=items)
+    tokens = data.mask.sum().item()
+    coefficient = 0.05 if loss_type == "bnpo" else 0.05 * items / tokens
+    keywords = {} if loss_type == "bnpo" else {"denominator": items}
+    assert_same(theirs, our_loss(data, a3po_kernels.dapo(entropy_coef=coefficient), **keywords))
 
 
 def test_a_wrong_parameter_is_noticed():
@@ -161,18 +251,21 @@ def test_statistics(temperature):
     assert torch.allclose(stats.entropy, entropy_from_logits(scaled), atol=2e-6, rtol=0)
 
 
-def test_high_entropy_mask():
-    """Without ties, and where n * ratio is whole, TRL's quantile with >= marks one token more than the ratio asks for.
+@pytest.mark.parametrize("count", [10, 17, 20, 21, 26, 101])
+def test_high_entropy_mask(count):
+    """Without ties TRL marks n - ceil((n - 1)(1 - ratio)) tokens, we floor(n ratio): by design, up to one fewer.
 
-    The quantile interpolates at position (n - 1)(1 - ratio), so from n = 21 and ratio .2 it takes 5, and from n = 20 4.
+    TRL's threshold is torch.quantile, which interpolates at position (n - 1)(1 - ratio), and it takes what is >= that.
     """
-    entropies = torch.rand(1, 21, generator=torch.Generator().manual_seed(5))
+    entropies = torch.rand(1, 120, generator=torch.Generator().manual_seed(5))
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(gather=lambda x: x, pad_across_processes=lambda x, **_: x, num_processes=1),
     )
-    for length, theirs_count, ours_count in ((20, 4, 4), (21, 5, 4)):
-        mask = torch.arange(21)[None, :] < length
-        theirs = GRPOTrainer.get_high_entropy_mask(trainer, entropies, mask, 0.8).bool()
-        ours = a3po_kernels.select_tokens(entropies, mask, ratio=0.2, side="high", scope="batch")
-        assert theirs.sum() == theirs_count and ours.sum() == ours_count
-        assert bool((theirs | ~ours).all()), "what we select, TRL selects"
+    mask = torch.arange(120)[None, :] < count
+    theirs = GRPOTrainer.get_high_entropy_mask(trainer, entropies, mask, 0.8).bool()
+    ours = a3po_kernels.select_tokens(entropies, mask, ratio=0.2, side="high", scope="batch")
+    assert theirs.sum() == count - math.ceil(Fraction(count - 1) * 4 / 5)
+    assert ours.sum() == count // 5
+    assert bool((theirs | ~ours).all()), "what we select, TRL selects"
+    if count % 5 == 0:
+        assert torch.equal(theirs, ours)
