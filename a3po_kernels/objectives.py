@@ -197,7 +197,9 @@ def _common(aggregation: str, options: dict, **fields) -> Objective:
     known = {"kl_coef", "kl_estimator", "entropy_coef", "aggregation", "ratio_level"}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise TypeError(f"unexpected keyword {unknown[0]!r}; this preset also takes {', '.join(sorted(known))}")
+        clip = {"epsilon_low", "epsilon_high", "dual_clip", "delta"} if isinstance(fields["surrogate"], Clip) else set()
+        takes = ", ".join(sorted(known | clip))
+        raise TypeError(f"unexpected keyword {unknown[0]!r}; besides its own, this preset takes {takes}")
     return Objective(**{"aggregation": aggregation, **fields, **options})
 
 

@@ -78,6 +78,7 @@ def test_aggregations(name, aggregation, denominator, backend, device):
         ("w_reinforce", {"positive_weight": 0.0, "negative_weight": 0.7}),
         ("fork_tokens", {"ratio": 0.5, "rounding": "ceil", "normalize_over": "all", "entropy_coef": 0.3}),
         ("lp_reg", {"quantile": 0.9, "beta": 0.3}),
+        ("lp_reg", {"quantile": 0.9, "epsilon_low": 0.05, "epsilon_high": 0.05, "dual_clip": 1.1}),
         ("a3po", {"rho": 3.0, "alpha": 0.1, "ratio": 0.34}),
         ("a3po", {"metric": "entropy"}),
         ("a3po", {"source": "current"}),
@@ -87,6 +88,49 @@ def test_aggregations(name, aggregation, denominator, backend, device):
 def test_overrides(name, overrides, backend, device):
     batch = random_batch(11, dtype=torch.float64, device=device)
     compare(name, batch, torch.float64, backend, overrides, step=5)
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo", "sapo", "cispo", "lp_reg"])
+def test_extreme_ratios(name, backend, device):
+    """Log ratios beyond the clamp of 20 have no gradient; Lp-Reg's penalty is clamped at 10, and has none there."""
+    batch = random_batch(37, dtype=torch.float64, device=device)
+    batch.keywords["old_logprobs"][:, ::2] += 30.0
+    batch.keywords["old_logprobs"][1] -= 50.0
+    batch.keywords["min_p_logprobs"] += 4.0
+    batch.advantages = batch.advantages / 1e6  # e^20 is 5e8: keeps the sums within the tolerance
+    del batch.keywords["importance_weights"]
+    overrides = {"quantile": 1.0} if name == "lp_reg" else {}
+    _, gradient = compare(name, batch, torch.float64, backend, overrides)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("quantile, replaced", [(0.19, 0), (0.2, 2), (0.1, 0)])
+def test_lp_reg_needs_two_candidates(quantile, replaced, backend, device):
+    """Of 10 tokens of negative advantage floor(10 q) are candidates, but one alone is none."""
+    logits = torch.linspace(-0.5, 0.5, 10, device=device)[None, :, None] * torch.tensor([1.0, -1.0], device=device)
+    targets = torch.zeros(1, 10, dtype=torch.long, device=device)
+    proxy = torch.zeros(1, 10, device=device)  # log 1: above every log-prob
+
+    def gradient(objective, **keywords):
+        z = logits.clone().requires_grad_()
+        a3po_kernels.policy_loss(
+            z, targets, -torch.ones(1, device=device), objective=objective, backend=backend, **keywords
+        ).loss.backward()
+        return z.grad
+
+    base = gradient(a3po_kernels.dapo(epsilon_low=1.0, epsilon_high=9.0))
+    ours = gradient(a3po_kernels.lp_reg(quantile=quantile), min_p_logprobs=proxy)
+    assert (base != ours).any(-1).sum() == replaced
+
+
+def test_per_rollout_wins_where_both_fit(backend, device):
+    """Three rollouts of 0, 2 and 1 tokens: three advantages are the rollouts', not the tokens'."""
+    batch = random_batch(41, rollouts=3, length=1, dtype=torch.float64, device=device)
+    batch.logits, batch.targets = torch.randn(3, 7, device=device).double(), torch.tensor([1, 2, 3], device=device)
+    batch.advantages = torch.tensor([5.0, 1.0, -2.0], device=device).double()
+    batch.keywords = {"cu_seqlens": torch.tensor([0, 0, 2, 3], device=device)}
+    output, _ = compare("dapo", batch, torch.float64, backend)
+    assert abs(output.loss.item()) < 1e-12, "-(1 + 1 - 2) / 3"
 
 
 @pytest.mark.parametrize("name", ["a3po", "w_reinforce", "sapo", "lp_reg", "gspo"])

@@ -236,6 +236,8 @@ def test_min_p(dtype, min_p, softcap, backend, device):
     got = a3po_kernels.min_p_token_logprobs(logits, targets, min_p, softcap=softcap, logit_scale=1.2, backend=backend)
     want = reference.min_p_token_logprobs(logits.cpu().double(), targets.cpu(), min_p, softcap=softcap, logit_scale=1.2)
     assert torch.equal(got.isinf().cpu(), want.isinf())
+    leaf = logits.clone().requires_grad_()
+    assert not a3po_kernels.min_p_token_logprobs(leaf, targets, backend=backend).requires_grad
     assert largest_error(got, want) < (1e-12 if dtype == torch.float64 else 1e-5)
     logits[0, 7], logits[2, 9], logits[4] = math.nan, math.inf, -math.inf
     got = a3po_kernels.min_p_token_logprobs(logits, targets, min_p, softcap=softcap, backend=backend)
