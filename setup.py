@@ -45,7 +45,6 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
@@ -56,7 +55,7 @@ setup(
     package_data={"a3po_kernels": ["py.typed"]},
     include_package_data=False,
     zip_safe=False,
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=["torch>=2.8", "triton>=3.6", "numpy"],
     extras_require={
         "test": TEST,
