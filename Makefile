@@ -73,12 +73,7 @@ test-interpreter: env  ## the kernels in Triton's interpreter
 	$(INTERPRETER)
 
 test-trl: .venv-trl/.stamp  ## conformance with TRL and Liger-Kernel, in .venv-trl
-	@rm -f $(JUNIT)/trl.xml $(JUNIT)/trl-interpreter.xml; failed=0; \
-	$(call PYTEST,.venv-trl,trl) -m "trl and not interpreter" tests/conformance $(PYTEST_ARGS) || failed=1; \
-	TRITON_INTERPRET=1 $(call PYTEST,.venv-trl,trl-interpreter) -m "trl and interpreter" tests/conformance $(PYTEST_ARGS) \
-	|| [ $$? -eq 5 ] || failed=1; \
-	.venv-trl/bin/python tests/summary.py TRL $(JUNIT)/trl.xml $(JUNIT)/trl-interpreter.xml || failed=1; \
-	exit $$failed  # Liger-Kernel's own kernels need the interpreter; 5 means that no test is marked so
+	$(call PYTEST,.venv-trl,trl) -m trl tests/conformance $(PYTEST_ARGS)
 
 test-verl: .venv-verl/.stamp  ## conformance with verl, in .venv-verl
 	$(call PYTEST,.venv-verl,verl) -m verl tests/conformance $(PYTEST_ARGS)

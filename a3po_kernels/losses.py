@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .objectives import Cispo, Clip, Objective, Sapo
-from .ops._dispatch import LOGIT_DTYPES, check_rows, check_tensor
+from .ops._dispatch import check_floating, check_rows
 from .ops._layout import TokenLayout, token_layout
 from .ops.min_p import min_p_token_logprobs
+from .ops.select_tokens import select_flat
 from .ops.surrogate import SurrogateForm, policy_terms
 from .ops.token_logprobs import TokenStats, check_no_overlap, check_targets, token_logprobs_unchecked
 from .schedules import Value
@@ -106,24 +107,20 @@ def policy_loss_from_statistics(
     dtype = stats.logprobs.dtype
     logp, entropy = stats.logprobs.reshape(-1), stats.entropy.reshape(-1)
     now = TokenStats(logp.detach(), entropy.detach())
-    old = layout.flat("old_logprobs", old_logprobs, dtype)
-    before = layout.flat("old_entropy", old_entropy, dtype)
-    advantage = layout.per_token("advantages", advantages, dtype=dtype)
-    sign = advantage if polarity is None else layout.per_token("polarity", polarity, dtype=dtype)
+    old, before = layout.flat(old_logprobs, dtype), layout.flat(old_entropy, dtype)
+    advantage = layout.per_token(advantages, dtype)
+    sign = advantage if polarity is None else layout.per_token(polarity, dtype)
 
     def metric(name: str, source: str) -> Tensor:
-        if name == "probability":
-            return now.logprobs if source == "current" or old is None else old
-        if source == "current" or (before is None and old is None):
-            return now.entropy
-        if before is None:
-            raise ValueError("a rule on the old policy's entropy needs old_entropy when old_logprobs are given")
-        return before
+        given = old if name == "probability" else before
+        current = now.logprobs if name == "probability" else now.entropy
+        # Without a behaviour policy the current one is it; that nothing else is missing was checked.
+        return current if source == "current" or given is None else given
 
     shaped = shape_tokens(objective.shaping, tokens, sign, layout.offsets, metric, step, dtype, backend)
     proxy, replaced = None, None
     if objective.low_probability is not None:
-        proxy = layout.flat("min_p_logprobs", min_p_logprobs, dtype)
+        proxy = layout.flat(min_p_logprobs, dtype)
         replaced = _regularised(
             objective, now.logprobs, proxy, (advantage < 0) & (shaped.weights != 0), layout, backend
         )
@@ -132,9 +129,8 @@ def policy_loss_from_statistics(
         offsets=layout.offsets, form=_surrogate_form(objective), aggregation=objective.aggregation,
         normalize_selected=objective.normalize_over == "selected",
         max_length=_max_length(objective, layout, max_length, denominator), old=old,
-        reference=layout.flat("ref_logprobs", ref_logprobs, dtype),
-        importance=None if importance_weights is None
-        else layout.per_token("importance_weights", importance_weights, dtype=dtype),
+        reference=layout.flat(ref_logprobs, dtype),
+        importance=None if importance_weights is None else layout.per_token(importance_weights, dtype),
         proxy=proxy, replaced=replaced, selected=shaped.selected, denominator=denominator, backend=backend,
     )  # fmt: skip
     shape = layout.shape
@@ -146,8 +142,6 @@ def policy_loss_from_statistics(
 
 def _regularised(objective, logp, proxy, candidates, layout, backend) -> Tensor:
     """Lp-Reg: which of the least likely candidates of the batch have logp below the proxy's."""
-    from .ops.select_tokens import select_flat
-
     lowest = select_flat(
         logp, candidates, layout.offsets, ratio=objective.low_probability.quantile, side="low", scope="batch",
         rounding="floor", at_least=0, required=2, backend=backend,
@@ -239,14 +233,12 @@ def policy_loss(
             and did not get. Nothing is launched then.
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
     """
-    check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
-    expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
-    if logits.ndim != (3 if cu_seqlens is None else 2) or logits.shape[-1] < 1:
-        hint = "; packed logits [N, V] need cu_seqlens" if cu_seqlens is None and logits.ndim == 2 else ""
-        raise ValueError(f"logits must have shape {expected} with V >= 1; got {list(logits.shape)}{hint}")
+    _check_objective(objective)
     check_rows(logits, targets, temperature, softcap, logit_scale, backend)
+    expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
+    if logits.ndim != (3 if cu_seqlens is None else 2):
+        hint = "; packed logits [N, V] need cu_seqlens" if cu_seqlens is None and logits.ndim == 2 else ""
+        raise ValueError(f"logits must have shape {expected}; got {list(logits.shape)}{hint}")
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     _check_token_arguments(
         layout, objective, advantages, old_logprobs, ref_logprobs, polarity, old_entropy, min_p_logprobs,
@@ -276,6 +268,11 @@ def policy_loss(
     )  # fmt: skip
 
 
+def _check_objective(objective: object) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
+
+
 def _check_token_arguments(
     layout, objective, advantages, old_logprobs, ref_logprobs, polarity, old_entropy, min_p_logprobs,
     importance_weights, step, denominator, max_length,
@@ -289,22 +286,15 @@ def _check_token_arguments(
     ):
         if values is None and name != "advantages":
             continue
-        check_tensor(name, values, device=device)
-        if tuple(values.shape) not in ((layout.rollouts,), layout.shape):
-            raise ValueError(
-                f"{name} must have shape {[layout.rollouts]} (per rollout) or {list(layout.shape)} (per token); "
-                f"got {list(values.shape)}"
-            )
-        if name != "polarity" and not values.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating-point tensor; got {values.dtype}")
+        layout.check_per_rollout(name, values)
+        if name != "polarity":
+            check_floating(name, values)
     for name, values in (
         ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("old_entropy", old_entropy),
         ("min_p_logprobs", min_p_logprobs),
     ):  # fmt: skip
         if values is not None:
-            check_tensor(name, values, layout.shape, device=device)
-            if not values.dtype.is_floating_point:
-                raise TypeError(f"{name} must be a floating-point tensor; got {values.dtype}")
+            layout.check_per_token(name, values)
     _check_scalar("step", step, device)
     if denominator is not None:
         _check_scalar("denominator", denominator, device)
@@ -340,8 +330,7 @@ class PolicyLoss(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
+        _check_objective(objective)
         self.objective = objective
         self.options = {
             "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index,

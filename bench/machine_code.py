@@ -34,16 +34,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-_LENGTHS = (
-    "n_rows",
-    "rows_per_batch",
-    "n_rollouts",
-    "numerator",
-    "denominator",
-    "at_least",
-    "required",
-    "ignore_index",
-)
 _FP64 = (
     "exponent_scale", "logit_scale", "softcap", "log2_min_p", "low", "high", "dual_clip", "delta", "tau_positive",
     "tau_negative", "kl_coef", "entropy_coef", "beta",
@@ -96,10 +86,13 @@ def _vocabulary_case(name: str, kernel, elements: int, num_warps: int, dtype: st
     return Case(name, kernel, merged, elements, dtype, num_warps)
 
 
-def _terms_case(name: str, **constants) -> Case:
-    absent = dict.fromkeys(("reference_ptr", "importance_ptr", "proxy_ptr", "replaced_ptr", "d_entropy_ptr"))
+_OPTIONAL = ("reference_ptr", "importance_ptr", "proxy_ptr", "replaced_ptr", "d_entropy_ptr")
+
+
+def _terms_case(name: str, absent: tuple[str, ...] = _OPTIONAL, **constants) -> Case:
     defaults = {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32}
-    return Case(name, _surrogate_kernels.policy_terms_kernel, {**absent, **defaults, **constants}, surrogate._BLOCK)
+    merged = {**dict.fromkeys(absent), **defaults, **constants}
+    return Case(name, _surrogate_kernels.policy_terms_kernel, merged, surrogate._BLOCK)
 
 
 def cases() -> list[Case]:
@@ -131,11 +124,7 @@ def cases() -> list[Case]:
         _terms_case("terms clip sequence", SEQUENCE=True),
         _terms_case("terms cispo", KIND="cispo"),
         _terms_case("terms sapo", KIND="sapo"),
-        Case(
-            "terms everything", _surrogate_kernels.policy_terms_kernel,
-            {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": surrogate._BLOCK, "COMPUTE": tl.float32},
-            surrogate._BLOCK,
-        ),
+        _terms_case("terms everything", absent=()),
     ]  # fmt: skip
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from batches import INTERPRETED
 
 
 def pytest_report_header(config) -> str:

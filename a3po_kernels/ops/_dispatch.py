@@ -61,6 +61,12 @@ def check_tensor(name: str, tensor: object, shape: tuple[int, ...] | None = None
         raise ValueError(f"{name} must be on {device}; got {tensor.device}")
 
 
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError for a tensor of integers or bools."""
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
+
+
 def check_positive(name: str, value: object) -> None:
     """Raises TypeError for a non-number and ValueError unless 0 < value < inf."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -77,8 +83,7 @@ def check_transform(temperature: object, softcap: object, logit_scale: object, r
     if not isinstance(temperature, torch.Tensor):
         check_positive("temperature", temperature)
         return
-    if not temperature.dtype.is_floating_point:
-        raise TypeError(f"temperature must be a floating-point tensor; got {temperature.dtype}")
+    check_floating("temperature", temperature)
     if temperature.ndim and tuple(temperature.shape) != tuple(rows_shape):
         raise ValueError(f"temperature must be 0-d or of shape {list(rows_shape)}; got {list(temperature.shape)}")
     if temperature.device != device:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._dispatch import INDEX_DTYPES, check_tensor
+from ._dispatch import INDEX_DTYPES, check_floating, check_tensor
 
 
 @dataclass(frozen=True)
@@ -29,32 +30,34 @@ class TokenLayout:
     def rollouts(self) -> int:
         return self.offsets.shape[0] - 1
 
-    def per_token(self, name: str, values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Values per rollout [S] or per token, flat per token [N]; per rollout wins where both would fit."""
+    def check_per_rollout(self, name: str, values: Any) -> None:
+        """Raises unless values are a tensor per rollout [S] or per token."""
         check_tensor(name, values, device=self.offsets.device)
-        values = values.detach()
-        if dtype is not None:
-            values = values.to(dtype)
-        if tuple(values.shape) == (self.rollouts,):
-            if self.padded:
-                return values.unsqueeze(1).expand(self.shape).reshape(-1)
-            rows = torch.arange(self.count, device=values.device)
-            return values[torch.searchsorted(self.offsets, rows, right=True) - 1]
-        if tuple(values.shape) == self.shape:
-            return values.reshape(-1)
-        raise ValueError(
-            f"{name} must have shape {[self.rollouts]} (per rollout) or {list(self.shape)} (per token); "
-            f"got {list(values.shape)}"
-        )
+        shape = tuple(values.shape)
+        if shape not in ((self.rollouts,), self.shape):
+            raise ValueError(
+                f"{name} must have shape {[self.rollouts]} (per rollout) or {list(self.shape)} (per token); "
+                f"got {list(shape)}"
+            )
 
-    def flat(self, name: str, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A per-token tensor, detached and flat [N]."""
-        if values is None:
-            return None
+    def check_per_token(self, name: str, values: Any) -> None:
+        """Raises unless values are a floating-point tensor per token."""
         check_tensor(name, values, self.shape, device=self.offsets.device)
-        if not values.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating-point tensor; got {values.dtype}")
-        return values.detach().reshape(-1).to(dtype).contiguous()
+        check_floating(name, values)
+
+    def per_token(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values per rollout [S] or per token, flat per token [N]; per rollout wins where both would fit."""
+        values = values.detach().to(dtype)
+        if tuple(values.shape) != (self.rollouts,):
+            return values.reshape(-1)
+        if self.padded:
+            return values.unsqueeze(1).expand(self.shape).reshape(-1)
+        rows = torch.arange(self.count, device=values.device)
+        return values[torch.searchsorted(self.offsets, rows, right=True) - 1]
+
+    def flat(self, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A per-token tensor, detached and flat [N]."""
+        return None if values is None else values.detach().reshape(-1).to(dtype).contiguous()
 
     def flat_mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask, bool or 0/1, as a flat bool [N]."""

@@ -7,7 +7,7 @@ from ._math import LOG2E
 
 
 @triton.jit
-def _exp(x, COMPUTE: tl.constexpr):
+def _exp(x):
     return tl.exp2(x * LOG2E)
 
 
@@ -79,20 +79,20 @@ def _surrogate(
 
 
 @triton.jit
-def _replacement(loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage, proxy, beta, COMPUTE: tl.constexpr):
+def _replacement(loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage, proxy, beta):
     """Puts -A r + beta * clamp(k3(logp, proxy), -10, 10) where `replaced`."""
     gap = proxy - logp
-    k3 = _exp(gap, COMPUTE) - gap - 1.0
+    k3 = _exp(gap) - gap - 1.0
     penalty = beta * _minimum(_maximum(k3, tl.zeros_like(k3) - 10.0), tl.zeros_like(k3) + 10.0)
     inside = (k3 >= -10.0) & (k3 <= 10.0)
     loss = tl.where(replaced, -advantage * ratio + penalty, loss)
     d_ratio = tl.where(replaced, -advantage * slope, d_ratio)
-    d_logp = tl.where(replaced, tl.where(inside, beta * (1.0 - _exp(gap, COMPUTE)), 0.0), d_logp)
+    d_logp = tl.where(replaced, tl.where(inside, beta * (1.0 - _exp(gap)), 0.0), d_logp)
     return loss, d_ratio, d_logp
 
 
 @triton.jit
-def _kl(logp, reference, ESTIMATOR: tl.constexpr, COMPUTE: tl.constexpr):
+def _kl(logp, reference, ESTIMATOR: tl.constexpr):
     """(estimate, d estimate / d logp) of KL(policy, reference)."""
     gap = reference - logp
     if ESTIMATOR == "k1":
@@ -100,7 +100,7 @@ def _kl(logp, reference, ESTIMATOR: tl.constexpr, COMPUTE: tl.constexpr):
     elif ESTIMATOR == "k2":
         return 0.5 * gap * gap, -gap
     else:
-        e = _exp(gap, COMPUTE)
+        e = _exp(gap)
         return e - gap - 1.0, 1.0 - e
 
 
@@ -178,7 +178,7 @@ def policy_terms_kernel(
                 log_ratio = tl.zeros((BLOCK,), COMPUTE)
             else:
                 log_ratio = logp - old
-            ratio = _exp(_minimum(_maximum(log_ratio, -20.0), 20.0), COMPUTE)
+            ratio = _exp(_minimum(_maximum(log_ratio, -20.0), 20.0))
             slope = tl.where(tl.abs(log_ratio) <= 20.0, ratio, 0.0)
             loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(
                 ratio, slope, logp, advantage, low_, high_, dual_, delta_, tau_positive_, tau_negative_, KIND
@@ -187,7 +187,7 @@ def policy_terms_kernel(
                 replaced = (tl.load(replaced_ptr + at, mask=inside, other=0) != 0) & kept
                 proxy = _load(proxy_ptr, at, replaced).to(COMPUTE)
                 loss, d_ratio, d_logp = _replacement(
-                    loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage, proxy, beta_, COMPUTE
+                    loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage, proxy, beta_
                 )
                 clip_low = clip_low & ~replaced
                 clip_high = clip_high & ~replaced
@@ -202,7 +202,7 @@ def policy_terms_kernel(
             else:
                 kl = tl.zeros((BLOCK,), COMPUTE)
                 if reference_ptr is not None:
-                    kl, d_kl = _kl(logp, _load(reference_ptr, at, token).to(COMPUTE), ESTIMATOR, COMPUTE)
+                    kl, d_kl = _kl(logp, _load(reference_ptr, at, token).to(COMPUTE), ESTIMATOR)
                     # Not 0 * inf: without a coefficient the estimate is a metric only.
                     loss += tl.where(kl_coef_ != 0, kl_coef_ * kl, 0.0)
                     d_logp += tl.where(kl_coef_ != 0, kl_coef_ * d_kl, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import torch_backend
 from ._dispatch import as_rows, check_rows, compute_dtype, device_guard, triton_dtype, uses_triton
 from ._token_kernels import min_p_kernel
-from .token_logprobs import check_targets, exponent_scale, is_aligned, vector_width
+from .token_logprobs import check_targets, is_aligned, vector_width
 
 _BLOCK = 4096
 
@@ -28,7 +28,7 @@ def _min_p(
     with device_guard(logits):
         min_p_kernel[(targets.numel(),)](
             logits, targets, out, logits.shape[-1], logits.shape[1], logits.stride(0), logits.stride(1),
-            logits.stride(2), ignore_index, math.log2(min_p), exponent_scale(1.0, logit_scale, softcap),
+            logits.stride(2), ignore_index, math.log2(min_p), torch_backend.exponent_scale(1.0, logit_scale, softcap),
             logit_scale, softcap or 1.0,
             HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), VEC=vector_width(logits), BLOCK=_BLOCK,
             COMPUTE=triton_dtype(logits.dtype), num_warps=4, enable_fp_fusion=True,

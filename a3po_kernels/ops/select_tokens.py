@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..distributed import select_global
-from ._dispatch import check_backend, check_tensor, device_guard, uses_triton
+from ._dispatch import check_backend, check_floating, check_tensor, device_guard, uses_triton
 from ._layout import token_layout
 from ._rounding import bounded_fraction
 
@@ -207,8 +207,7 @@ def select_tokens(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
     """
     check_tensor("metric", metric)
-    if not metric.dtype.is_floating_point:
-        raise TypeError(f"metric must be a floating-point tensor; got {metric.dtype}")
+    check_floating("metric", metric)
     check_selection(ratio, side, scope, rounding)
     check_backend(backend, metric.device)
     layout = token_layout("metric", metric, cu_seqlens, validate=validate, one_rollout=True)

@@ -94,10 +94,11 @@ def _policy_terms(
     d_logp = torch.zeros_like(logp)  # a row that no rollout holds has no gradient
     sums = logp.new_empty((rollouts, len(SUMS)))
     # On-policy the mean log ratio is 0 by definition: logp is its own old value.
-    before = arguments[0] if old is None else arguments[6]
+    logp, _, tokens, weights, _, _, old, *_ = arguments
+    before = logp if old is None else old
     with device_guard(logp):
         rollout_sums_kernel[(rollouts,)](
-            arguments[2], arguments[3], arguments[0], before, offsets, counts, log_ratio, rollouts,
+            tokens, weights, logp, before, offsets, counts, log_ratio, rollouts,
             SEQUENCE=sequence, BLOCK=_BLOCK, COMPUTE=compute,
         )  # fmt: skip
         scale = normalizer(counts, *scaling)
@@ -127,7 +128,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     d_logp, d_entropy = ctx.saved_tensors
-    grad_entropy = grad_loss * d_entropy if d_entropy.numel() == d_logp.numel() and d_entropy.numel() else None
+    grad_entropy = grad_loss * d_entropy if d_entropy.numel() else None
     return grad_loss * d_logp, grad_entropy, *([None] * (ctx.arguments - 2))
 
 

@@ -45,11 +45,6 @@ def temperature_arguments(temperature: Tensor | None) -> tuple[Tensor | None, in
     return temperature, 0 if temperature is None or temperature.ndim == 0 else temperature.stride(0)
 
 
-def exponent_scale(temperature: float, logit_scale: float, softcap: float) -> float:
-    """k with y = k * u the base-2 exponents: the logit scale is in it where no softcap stands between."""
-    return (torch_backend.LOG2E if softcap else torch_backend.LOG2E * logit_scale) / temperature
-
-
 @torch.library.custom_op("a3po::token_statistics", mutates_args=())
 def _token_statistics(
     logits: Tensor, targets: Tensor, temperature: Tensor | None, temperature_value: float, logit_scale: float,
@@ -73,7 +68,7 @@ def _token_statistics(
     pointer, stride = temperature_arguments(temperature)
     shared = (
         rows, columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2), stride, ignore_index,
-        exponent_scale(temperature_value, logit_scale, softcap), logit_scale, softcap or 1.0,
+        torch_backend.exponent_scale(temperature_value, logit_scale, softcap), logit_scale, softcap or 1.0,
     )  # fmt: skip
     compute = triton_dtype(logits.dtype)
     with device_guard(logits):
@@ -118,7 +113,8 @@ def _write_gradient(
             columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
             out.stride(0), out.stride(1), out.stride(2), stride,
             0 if grad_logp is None else grad_logp.stride(0), 0 if grad_entropy is None else grad_entropy.stride(0),
-            ignore_index, exponent_scale(temperature_value, logit_scale, softcap), logit_scale, softcap or 1.0,
+            ignore_index, torch_backend.exponent_scale(temperature_value, logit_scale, softcap),
+            logit_scale, softcap or 1.0,
             HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
             BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip

@@ -130,11 +130,16 @@ def _capped(z: torch.Tensor, scratch: _Scratch, logit_scale: float, softcap: flo
     return u.mul_(softcap).masked_fill_(broken, 0.0).add_(y)
 
 
-def _exponent_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype):
-    """k with y = k * u: log2(e) / temperature, times the logit scale where no softcap stands between."""
-    scale = LOG2E if softcap else LOG2E * logit_scale
+def exponent_scale(temperature: float, logit_scale: float, softcap: float) -> float:
+    """k with y = k * u the base-2 exponents: the logit scale is in it where no softcap stands between."""
+    return (LOG2E if softcap else LOG2E * logit_scale) / temperature
+
+
+def _row_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype):
+    """exponent_scale of some rows; a temperature tensor divides what is known of it."""
+    scale = exponent_scale(temperature_value, logit_scale, softcap)
     column = _per_row(temperature, rows, dtype)
-    return scale / temperature_value if column is None else scale / column
+    return scale if column is None else scale / column
 
 
 def _floor(dtype: torch.dtype) -> float:
@@ -157,7 +162,7 @@ def token_statistics(logits, targets, temperature, temperature_value, logit_scal
         u = _capped(work.read(rows), u_scratch, logit_scale, softcap)
         n = u.shape[0]
         at_least_two = max(n, 2)
-        k = _exponent_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype)
+        k = _row_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype)
         m = u.amax(-1, keepdim=True)
         t, e = t_scratch.rows(n), e_scratch.rows(n)
         torch.sub(u, m, out=t).mul_(k).clamp_min_(_floor(dtype))
@@ -197,7 +202,7 @@ def logits_gradient(
     for rows in work.chunks():
         u = _capped(work.read(rows), u_scratch, logit_scale, softcap)
         n = u.shape[0]
-        k = _exponent_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype)
+        k = _row_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype)
         slope = (k * LN2) * (logit_scale if softcap else 1.0)
         g_lp = grad_logp[rows].unsqueeze(-1)
         weight = -inverse_total[rows].unsqueeze(-1) * slope
@@ -236,7 +241,7 @@ def min_p_token_logprobs(logits, targets, min_p, logit_scale, softcap, ignore_in
     work = _Rows(logits, active)
     u_scratch, e_scratch = (_Scratch(work.step + 1, work.columns, logits, dtype) for _ in range(2))
     floor = math.log2(min_p)
-    k = LOG2E if softcap else LOG2E * logit_scale
+    k = exponent_scale(1.0, logit_scale, softcap)
     for rows in work.chunks():
         u = _capped(work.read(rows), u_scratch, logit_scale, softcap)
         n = u.shape[0]
