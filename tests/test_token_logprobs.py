@@ -111,7 +111,7 @@ def test_any_values(data, backend, device):
     targets = torch.tensor(data.draw(st.lists(target, min_size=rows, max_size=rows)), device=device)
     options = data.draw(st.sampled_from([{}, {"temperature": 0.5}, {"softcap": 30.0, "logit_scale": 0.5}]))
     ours, exact = both(logits, targets, backend, **options)
-    tolerance = 1e-9 if logits.dtype == torch.float64 else 2e-3  # fp32: +-1e4 have a spacing of 1e-3
+    tolerance = 1e-9 if logits.dtype == torch.float64 else 8e-3  # log-probs of -4e4: steps of 4e-3
     for mine, truth in zip(ours[:2], exact[:2], strict=True):
         assert largest_error(mine, truth) <= tolerance
     healthy = exact[0].isfinite() & exact[1].isfinite()

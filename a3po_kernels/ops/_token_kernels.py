@@ -13,7 +13,7 @@ from ._math import LN2, LOWEST, clamp_min, exponent_floor, load_capped, merge_st
 # Run-time values of a step: none of them may make a new kernel. Alignment is the flag ALIGNED instead.
 _RUN_TIME = [
     "n_rows", "rows_per_batch", "batch_stride", "row_stride", "grad_batch_stride", "grad_row_stride",
-    "temperature_stride", "grad_logp_stride", "grad_entropy_stride", "ignore_index",
+    "temperature_stride", "grad_logp_stride", "grad_entropy_stride", "ignore_index", "first_column", "state_stride",
 ]  # fmt: skip
 
 
@@ -113,13 +113,19 @@ def partial_statistics_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def finish_statistics_kernel(
-    logits_ptr, targets_ptr, temperature_ptr, partial_ptr, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr,
+    logits_ptr, targets_ptr, temperature_ptr, partial_ptr, state_ptr, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr,
     n_rows: tl.int64, n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     temperature_stride: tl.int64, ignore_index: tl.int64,
-    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
-    HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COMPUTE: tl.constexpr,
+    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64, first_column: tl.int64,
+    state_stride: tl.int64,
+    HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Merges the parts of ROWS rows in the order of the vocabulary and reads their target logits."""
+    """Merges the parts of ROWS rows in the order of the vocabulary and reads their target logits.
+
+    The logits are the columns from first_column on of a wider vocabulary. What was found before them is read from the
+    state [4, rows] (shift, sum, dot, target's capped logit) unless FIRST; LAST writes the results, else the state.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=0).to(tl.int64)
@@ -128,38 +134,47 @@ def finish_statistics_kernel(
     if temperature_ptr is not None:
         k = k / tl.load(temperature_ptr + rows * temperature_stride, mask=active, other=1.0).to(COMPUTE)
 
-    shift = tl.full((ROWS,), LOWEST, COMPUTE)
-    total = tl.zeros((ROWS,), COMPUTE)
-    dot = tl.zeros((ROWS,), COMPUTE)
+    if not (FIRST and LAST):
+        state = state_ptr + rows
+    if FIRST:
+        shift = tl.full((ROWS,), LOWEST, COMPUTE)
+        total = tl.zeros((ROWS,), COMPUTE)
+        dot = tl.zeros((ROWS,), COMPUTE)
+        target = tl.full((ROWS,), float("nan"), COMPUTE)
+    else:
+        shift = tl.load(state, mask=active, other=LOWEST)
+        total = tl.load(state + state_stride, mask=active, other=0.0)
+        dot = tl.load(state + 2 * state_stride, mask=active, other=0.0)
+        target = tl.load(state + 3 * state_stride, mask=active, other=0.0)
     for split in tl.static_range(SPLITS):
         part = partial_ptr + split * 3 * n_rows + rows
         part_shift = tl.load(part, mask=active, other=LOWEST)
         part_total = tl.load(part + n_rows, mask=active, other=0.0)
         part_dot = tl.load(part + 2 * n_rows, mask=active, other=0.0)
         shift, total, dot = merge_statistics(shift, total, dot, part_shift, part_total, part_dot)
-    # Nothing but -inf in the row: no distribution.
-    total = tl.where(total == 0.0, float("nan"), total)
-    log_sum = tl.log2(total)
-
-    known = active & (targets >= 0) & (targets < n_columns)
-    offset = (rows // rows_per_batch) * batch_stride + (rows % rows_per_batch) * row_stride + targets * column_stride
-    target = load_capped(
-        logits_ptr + offset,
-        known,
-        tl.full((), logit_scale, COMPUTE),
-        tl.full((), softcap, COMPUTE),
-        True,
-        HAS_SOFTCAP,
-        COMPUTE,
-    )
-    logp = (tl.fma(target, k, -shift) - log_sum) * LN2
-    # The shift is rounded, so the largest exponent may pass 0 by that rounding.
-    logp = tl.where(known, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), float("nan"))
-    entropy = clamp_min((log_sum - dot / total) * LN2, 0.0)
-    tl.store(logp_ptr + rows, tl.where(active, logp, 0.0), mask=inside)
-    tl.store(entropy_ptr + rows, tl.where(active, entropy, 0.0), mask=inside)
-    tl.store(shift_ptr + rows, tl.where(active, shift, 0.0), mask=inside)
-    tl.store(log_sum_ptr + rows, tl.where(active, log_sum, 0.0), mask=inside)
+    local = targets - first_column
+    known = active & (local >= 0) & (local < n_columns)
+    offset = (rows // rows_per_batch) * batch_stride + (rows % rows_per_batch) * row_stride + local * column_stride
+    scale = tl.full((), logit_scale, COMPUTE)
+    cap = tl.full((), softcap, COMPUTE)
+    here = load_capped(logits_ptr + offset, known, scale, cap, True, HAS_SOFTCAP, COMPUTE)
+    target = tl.where(known, here, target)
+    if LAST:
+        # Nothing but -inf in the row: no distribution.
+        total = tl.where(total == 0.0, float("nan"), total)
+        log_sum = tl.log2(total)
+        # The shift is rounded, so the largest exponent may pass 0. NaN: a target outside the vocabulary.
+        logp = tl.minimum((tl.fma(target, k, -shift) - log_sum) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        entropy = clamp_min((log_sum - dot / total) * LN2, 0.0)
+        tl.store(logp_ptr + rows, tl.where(active, logp, 0.0), mask=inside)
+        tl.store(entropy_ptr + rows, tl.where(active, entropy, 0.0), mask=inside)
+        tl.store(shift_ptr + rows, tl.where(active, shift, 0.0), mask=inside)
+        tl.store(log_sum_ptr + rows, tl.where(active, log_sum, 0.0), mask=inside)
+    else:
+        tl.store(state, shift, mask=active)
+        tl.store(state + state_stride, total, mask=active)
+        tl.store(state + 2 * state_stride, dot, mask=active)
+        tl.store(state + 3 * state_stride, target, mask=active)
 
 
 @triton.jit
@@ -176,12 +191,13 @@ def logits_gradient_kernel(
     grad_ptr, n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     grad_batch_stride: tl.int64, grad_row_stride: tl.int64, grad_column_stride, temperature_stride: tl.int64,
     grad_logp_stride: tl.int64, grad_entropy_stride: tl.int64, ignore_index: tl.int64,
-    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
+    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64, first_column: tl.int64,
     HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of BLOCK columns of one row. Grid (rows, ceil(columns / BLOCK)); grad may be the logits themselves.
 
-    A row whose coefficients are both zero is written without being read.
+    The logits are the columns from first_column on of the vocabulary that the targets count. A row whose coefficients
+    are both zero is written without being read.
     """
     row32 = tl.program_id(0)
     row = row32.to(tl.int64)
@@ -218,7 +234,7 @@ def logits_gradient_kernel(
             t = clamp_min(t, exponent_floor(COMPUTE))
             constant = weight * (grad_logp + grad_entropy * (tl.load(entropy_ptr + row) - LN2 * log_sum))
             grad = tl.exp2(t) * tl.fma(t, tl.zeros_like(t) + weight * grad_entropy * LN2, tl.zeros_like(t) + constant)
-        grad = tl.where(columns == target, grad + grad_logp * slope, grad)
+        grad = tl.where(columns == target - first_column, grad + grad_logp * slope, grad)
         if HAS_SOFTCAP:
             grad = grad * softcap_slope(u, cap)
         tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=mask)

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import torch_backend
 from ._dispatch import as_rows, check_rows, compute_dtype, device_guard, triton_dtype, uses_triton
 from ._token_kernels import min_p_kernel
+from ._transform import Transform
 from .token_logprobs import check_targets, is_aligned, vector_width
 
 _BLOCK = 4096
@@ -20,15 +21,16 @@ def _min_p(
     logits: Tensor, targets: Tensor, min_p: float, logit_scale: float, softcap: float, ignore_index: int, backend: str
 ) -> Tensor:
     """[N] of logits [batch, rows, V]; softcap 0 means none."""
+    transform = Transform(None, 1.0, logit_scale, softcap, ignore_index)
     if not uses_triton(backend, logits.device):
-        return torch_backend.min_p_token_logprobs(logits, targets, min_p, logit_scale, softcap, ignore_index)
+        return torch_backend.min_p_token_logprobs(logits, targets, min_p, transform)
     out = torch.empty(targets.numel(), dtype=compute_dtype(logits.dtype), device=logits.device)
     if targets.numel() == 0:
         return out
     with device_guard(logits):
         min_p_kernel[(targets.numel(),)](
             logits, targets, out, logits.shape[-1], logits.shape[1], logits.stride(0), logits.stride(1),
-            logits.stride(2), ignore_index, math.log2(min_p), torch_backend.exponent_scale(1.0, logit_scale, softcap),
+            logits.stride(2), ignore_index, math.log2(min_p), transform.exponent_scale,
             logit_scale, softcap or 1.0,
             HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), VEC=vector_width(logits), BLOCK=_BLOCK,
             COMPUTE=triton_dtype(logits.dtype), num_warps=4, enable_fp_fusion=True,

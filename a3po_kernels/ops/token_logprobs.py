@@ -11,6 +11,7 @@ from torch import Tensor
 from . import torch_backend
 from ._dispatch import as_rows, check_rows, compute_dtype, device_guard, triton_dtype, uses_triton
 from ._token_kernels import finish_statistics_kernel, logits_gradient_kernel, partial_statistics_kernel
+from ._transform import Transform
 
 # Columns of one program: a function of nothing but this constant and V, for batch invariance.
 SPLIT = 32768
@@ -40,9 +41,48 @@ def is_aligned(*tensors: Tensor) -> bool:
     return all(step % 16 == 0 for step in steps) and all(x.data_ptr() % 16 == 0 for x in tensors)
 
 
-def temperature_arguments(temperature: Tensor | None) -> tuple[Tensor | None, int]:
-    """The pointer and the stride of a per-token (or, with stride 0, a 0-d) temperature."""
-    return temperature, 0 if temperature is None or temperature.ndim == 0 else temperature.stride(0)
+def fold_statistics(
+    logits: Tensor, targets: Tensor, transform: Transform, results: tuple[Tensor, ...], backend: str,
+    *, first_column: int = 0, first: bool = True, last: bool = True, state: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Folds logits [batch, rows, columns], the columns from first_column on of a vocabulary, into the rows' statistics.
+
+    The last of a vocabulary's tiles writes `results`, (logp, entropy, shift, log2_sum) [N]; tiles before it keep in
+    state [4, N] what merges: shift, sum, dot and the target's capped logit. shift and log2_sum are the softmax
+    statistics that the same backend's gradient reads.
+    """
+    rows, columns = targets.numel(), logits.shape[-1]
+    if rows == 0:
+        return
+    if not uses_triton(backend, logits.device):
+        torch_backend.fold_statistics(logits, targets, transform, results, first_column, first, last, state)
+        return
+    splits = triton.cdiv(columns, SPLIT)
+    partial = torch.empty((splits, 3, rows), dtype=results[0].dtype, device=logits.device)
+    shared = (
+        rows, columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
+        transform.temperature_stride, transform.ignore_index, transform.exponent_scale, transform.logit_scale,
+        transform.softcap or 1.0,
+    )  # fmt: skip
+    capped, compute = bool(transform.softcap), triton_dtype(logits.dtype)
+    with device_guard(logits):
+        partial_statistics_kernel[(rows, splits)](
+            logits, targets, transform.temperature, partial, *shared,
+            HAS_SOFTCAP=capped, ALIGNED=is_aligned(logits), SPLIT=SPLIT, LANES=_CAPPED_LANES if capped else _LANES,
+            VEC=vector_width(logits), COMPUTE=compute, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
+            logits, targets, transform.temperature, partial, state, *results, *shared, first_column,
+            0 if state is None else state.stride(0),
+            HAS_SOFTCAP=capped, SPLITS=splits, ROWS=_FINISH_ROWS, FIRST=first, LAST=last, COMPUTE=compute,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def empty_results(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """Room for (logp, entropy, shift, log2_sum) of some rows."""
+    dtype = compute_dtype(logits.dtype)
+    return tuple(torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(4))
 
 
 @torch.library.custom_op("a3po::token_statistics", mutates_args=())
@@ -50,72 +90,44 @@ def _token_statistics(
     logits: Tensor, targets: Tensor, temperature: Tensor | None, temperature_value: float, logit_scale: float,
     softcap: float, ignore_index: int, inplace_backward: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, entropy, shift, log2_sum) [N] of logits [batch, rows, V]; softcap 0 means none.
-
-    shift and log2_sum are the softmax statistics that the same backend's gradient reads.
-    """
-    if not uses_triton(backend, logits.device):
-        return torch_backend.token_statistics(
-            logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index
-        )
-    rows, columns = targets.numel(), logits.shape[-1]
-    dtype = compute_dtype(logits.dtype)
-    logp, entropy, shift, log_sum = (torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(4))
-    if rows == 0:
-        return logp, entropy, shift, log_sum
-    splits = triton.cdiv(columns, SPLIT)
-    partial = torch.empty((splits, 3, rows), dtype=dtype, device=logits.device)
-    pointer, stride = temperature_arguments(temperature)
-    shared = (
-        rows, columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2), stride, ignore_index,
-        torch_backend.exponent_scale(temperature_value, logit_scale, softcap), logit_scale, softcap or 1.0,
-    )  # fmt: skip
-    compute = triton_dtype(logits.dtype)
-    with device_guard(logits):
-        partial_statistics_kernel[(rows, splits)](
-            logits, targets, pointer, partial, *shared,
-            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), SPLIT=SPLIT,
-            LANES=_CAPPED_LANES if softcap else _LANES, VEC=vector_width(logits), COMPUTE=compute, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-        finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
-            logits, targets, pointer, partial, logp, entropy, shift, log_sum, *shared,
-            HAS_SOFTCAP=bool(softcap), SPLITS=splits, ROWS=_FINISH_ROWS, COMPUTE=compute, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    return logp, entropy, shift, log_sum
+    """(logp, entropy, shift, log2_sum) [N] of logits [batch, rows, V]."""
+    results = empty_results(logits, targets.numel())
+    transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
+    fold_statistics(logits, targets, transform, results, backend)
+    return results  # type: ignore[return-value]
 
 
 @_token_statistics.register_fake
 def _(logits, targets, *_):
-    return tuple(logits.new_empty(targets.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(4))
+    return empty_results(logits, targets.shape[0])
 
 
-def _write_gradient(
+def write_gradient(
     out: Tensor, logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
-    grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
-    logit_scale: float, softcap: float, ignore_index: int, backend: str,
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, transform: Transform, backend: str, first_column: int = 0,
 ) -> None:  # fmt: skip
+    """Writes dL/dz of logits [batch, rows, columns] into `out`, possibly the logits themselves.
+
+    grad_logp, grad_entropy: the incoming gradients [N]; either may be absent. A row where both are 0 becomes 0.
+    """
     if not uses_triton(backend, logits.device):
         torch_backend.logits_gradient(
-            out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy,
-            temperature, temperature_value, logit_scale, softcap, ignore_index,
-        )  # fmt: skip
+            out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, first_column
+        )
         return
     rows, columns = targets.numel(), logits.shape[-1]
     if rows == 0:
         return
-    pointer, stride = temperature_arguments(temperature)
     block = _GRADIENT_BYTES // logits.element_size()
     with device_guard(logits):
         logits_gradient_kernel[(rows, triton.cdiv(columns, block))](
-            logits, targets, pointer, shift, log_sum, entropy, grad_logp, grad_entropy, out,
+            logits, targets, transform.temperature, shift, log_sum, entropy, grad_logp, grad_entropy, out,
             columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
-            out.stride(0), out.stride(1), out.stride(2), stride,
+            out.stride(0), out.stride(1), out.stride(2), transform.temperature_stride,
             0 if grad_logp is None else grad_logp.stride(0), 0 if grad_entropy is None else grad_entropy.stride(0),
-            ignore_index, torch_backend.exponent_scale(temperature_value, logit_scale, softcap),
-            logit_scale, softcap or 1.0,
-            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
+            transform.ignore_index, transform.exponent_scale, transform.logit_scale, transform.softcap or 1.0,
+            first_column,
+            HAS_SOFTCAP=bool(transform.softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
             BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -126,12 +138,10 @@ def _logits_gradient(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
     logit_scale: float, softcap: float, ignore_index: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    """dL/dz as a new contiguous tensor, from the incoming gradients [N] of logp and entropy (either may be absent)."""
+    """dL/dz as a new contiguous tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _write_gradient(
-        out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy,
-        temperature, temperature_value, logit_scale, softcap, ignore_index, backend,
-    )  # fmt: skip
+    transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
+    write_gradient(out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend)
     return out
 
 
@@ -147,10 +157,8 @@ def _logits_gradient_(
     logit_scale: float, softcap: float, ignore_index: int, backend: str,
 ) -> None:  # fmt: skip
     """The same, written over the logits."""
-    _write_gradient(
-        logits, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy,
-        temperature, temperature_value, logit_scale, softcap, ignore_index, backend,
-    )  # fmt: skip
+    transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
+    write_gradient(logits, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend)
 
 
 def _setup_context(ctx, inputs, output):
@@ -228,13 +236,10 @@ def token_logprobs_unchecked(
     logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend
 ):
     """token_logprobs after its checks."""
-    tensor = temperature if isinstance(temperature, Tensor) else None
-    if tensor is not None and tensor.ndim:
-        tensor = tensor.reshape(-1)
+    transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     logp, entropy, _, _ = _token_statistics(
-        as_rows(logits), targets.reshape(-1).contiguous(), tensor, 1.0 if tensor is not None else float(temperature),
-        float(logit_scale), float(softcap or 0.0), int(ignore_index), inplace_backward, backend,
-    )  # fmt: skip
+        as_rows(logits), targets.reshape(-1).contiguous(), *transform, inplace_backward, backend
+    )
     return TokenStats(logp.view(targets.shape), entropy.view(targets.shape))
 
 

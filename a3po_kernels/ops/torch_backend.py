@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ._dispatch import compute_dtype
+from ._transform import LN2, Transform
 
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
+LOWEST = -1e38  # of a running maximum: finite, since (-inf) - (-inf) is NaN
 # Elements of one chunk: about 2 MB in fp32 stays in a CPU's caches; a GPU wants fewer, larger launches.
 CPU_CHUNK = 1 << 19
 GPU_CHUNK = 1 << 24
@@ -116,94 +116,118 @@ def _per_row(values: torch.Tensor | None, rows, dtype: torch.dtype) -> torch.Ten
     return values.to(dtype) if values.ndim == 0 else values[rows].to(dtype).unsqueeze(-1)
 
 
-def _capped(z: torch.Tensor, scratch: _Scratch, logit_scale: float, softcap: float) -> torch.Tensor:
+def _capped(z: torch.Tensor, scratch: _Scratch, transform: Transform) -> torch.Tensor:
     """Capped logits u in the compute dtype: the input itself where nothing changes, else the scratch."""
     u = scratch.rows(z.shape[0])
-    if not softcap:
+    if not transform.softcap:
         return z if z.dtype == u.dtype else u.copy_(z)
-    u.copy_(z).mul_(logit_scale)
+    u.copy_(z).mul_(transform.logit_scale)
     broken = ~torch.isfinite(u)
     y = u.masked_fill(~broken, 0.0)
-    u.div_(softcap)
+    u.div_(transform.softcap)
     scratch.apply_(torch.tanh_, z.shape[0])
     # What is not finite passes unchanged: -inf masks a token, +inf and NaN break the row.
-    return u.mul_(softcap).masked_fill_(broken, 0.0).add_(y)
+    return u.mul_(transform.softcap).masked_fill_(broken, 0.0).add_(y)
 
 
-def exponent_scale(temperature: float, logit_scale: float, softcap: float) -> float:
-    """k with y = k * u the base-2 exponents: the logit scale is in it where no softcap stands between."""
-    return (LOG2E if softcap else LOG2E * logit_scale) / temperature
-
-
-def _row_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype):
+def _row_scale(rows, transform: Transform, dtype: torch.dtype) -> torch.Tensor | float:
     """exponent_scale of some rows; a temperature tensor divides what is known of it."""
-    scale = exponent_scale(temperature_value, logit_scale, softcap)
-    column = _per_row(temperature, rows, dtype)
-    return scale if column is None else scale / column
+    column = _per_row(transform.temperature, rows, dtype)
+    return transform.exponent_scale if column is None else transform.exponent_scale / column
 
 
 def _floor(dtype: torch.dtype) -> float:
-    """The exponent under which 2^t is zero: -inf clamped to it keeps 2^t * t = 0 instead of NaN."""
+    """The exponent under which 2^t is zero; a clamp to it keeps 2^t * t from being 0 * -inf."""
     return -1100.0 if dtype == torch.float64 else -200.0
 
 
-def token_statistics(logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index):
-    """(logp, entropy, shift, log2_sum), each [N], of logits [batch, rows, V]; see ops.token_logprobs."""
-    dtype = compute_dtype(logits.dtype)
+def _tile_statistics(logits, targets, active, transform: Transform, dtype: torch.dtype) -> torch.Tensor:
+    """State [4, N] of a tile: shift m = max u, sum of 2^t and of 2^t t with t = k (u - m), the target's u (or NaN)."""
     count = targets.numel()
-    active = targets != ignore_index
     known = active & (targets >= 0) & (targets < logits.shape[-1])
     safe_targets = torch.where(known, targets, 0).long()
-    outputs = [torch.zeros(count, dtype=dtype, device=logits.device) for _ in range(5)]
-    target_t, total, dot, shift, log_sum = outputs
+    state = torch.zeros((4, count), dtype=dtype, device=logits.device)
+    shift, total, dot, target_u = state.unbind()
     work = _Rows(logits, active)
     u_scratch, t_scratch, e_scratch = (_Scratch(work.step + 1, work.columns, logits, dtype) for _ in range(3))
     for rows in work.chunks():
-        u = _capped(work.read(rows), u_scratch, logit_scale, softcap)
+        u = _capped(work.read(rows), u_scratch, transform)
         n = u.shape[0]
         at_least_two = max(n, 2)
-        k = _row_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype)
-        m = u.amax(-1, keepdim=True)
+        k = _row_scale(rows, transform, dtype)
+        # A finite shift: a tile of nothing but -inf then sums to 0 instead of NaN.
+        m = u.amax(-1, keepdim=True).clamp_min_(LOWEST)
         t, e = t_scratch.rows(n), e_scratch.rows(n)
         torch.sub(u, m, out=t).mul_(k).clamp_min_(_floor(dtype))
         e.copy_(t)
         e_scratch.apply_(torch.exp2_, n)
         shift[rows] = m.squeeze(-1)
         total[rows] = e_scratch.rows(at_least_two).sum(-1)[:n]
-        target = safe_targets[rows].unsqueeze(-1)
-        # Not from t, which is clamped: a target at -inf has logp -inf.
-        target_t[rows] = (u.gather(-1, target) - m).mul_(k).squeeze(-1)
+        target_u[rows] = u.gather(-1, safe_targets[rows].unsqueeze(-1)).squeeze(-1)
         t.mul_(e)
         dot[rows] = t_scratch.rows(at_least_two).sum(-1)[:n]
-    # A row left out has total 0; a computed one has total >= 1 or NaN.
-    total = torch.where(active, total, 1.0)
+    target_u.masked_fill_(~known, torch.nan)
+    return state
+
+
+def merge_statistics(a: torch.Tensor, b: torch.Tensor, k: torch.Tensor | float) -> torch.Tensor:
+    """The state [4, N] of two disjoint parts of a vocabulary; associative up to rounding. k: base-2 exponents per u."""
+    shift = torch.maximum(a[0], b[0])
+
+    def moved(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        move = ((state[0] - shift) * k).clamp_min(_floor(shift.dtype))
+        scale = uniformly(torch.exp2, move)
+        return scale * state[1], scale * (state[2] + move * state[1])
+
+    (sum_a, dot_a), (sum_b, dot_b) = moved(a), moved(b)
+    return torch.stack([shift, sum_a + sum_b, dot_a + dot_b, torch.where(a[3].isnan(), b[3], a[3])])
+
+
+def fold_statistics(
+    logits, targets, transform: Transform, results, first_column: int, first: bool, last: bool, state
+) -> None:
+    """Folds a tile of a vocabulary into the statistics of its rows; see ops.token_logprobs."""
+    dtype = results[0].dtype
+    active = targets != transform.ignore_index
+    k = _row_scale(slice(None), transform, dtype)
+    k = k if isinstance(k, float) or k.ndim == 0 else k.squeeze(-1)
+    merged = _tile_statistics(logits, targets - first_column, active, transform, dtype)
+    if not first:
+        merged = merge_statistics(state, merged, k)
+    if not last:
+        state.copy_(merged)
+        return
+    shift, total, dot, target = merged
+    # Nothing but -inf in the row: no distribution. A row left out has no statistics.
+    total = torch.where(active, torch.where(total == 0, torch.nan, total), 1.0)
     log_sum = uniformly(torch.log2, total)
-    logp = torch.where(known, (target_t - log_sum) * LN2, torch.where(active, torch.nan, 0.0).to(dtype))
-    entropy = torch.where(active, (log_sum - dot / total) * LN2, 0.0)
-    return logp, entropy, torch.where(active, shift, 0.0), torch.where(active, log_sum, 0.0)
+    # Not clamped as t is: a target at -inf has logp -inf. NaN: a target outside the vocabulary.
+    logp = ((target - shift) * k - log_sum) * LN2
+    entropy = (log_sum - dot / total) * LN2
+    for result, values in zip(results, (logp, entropy, shift, log_sum), strict=True):
+        result.copy_(torch.where(active, values, 0.0))
 
 
 def logits_gradient(
-    out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy,
-    temperature, temperature_value, logit_scale, softcap, ignore_index,
-):  # fmt: skip
+    out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform: Transform, first_column: int = 0
+):
     """Writes dL/dz into `out` ([batch, rows, V], possibly the logits themselves); rows without gradient become 0."""
     dtype = compute_dtype(logits.dtype)
     zeros = torch.zeros_like(shift)
     grad_logp = zeros if grad_logp is None else grad_logp.to(dtype)
     with_entropy = grad_entropy is not None
     grad_entropy = grad_entropy.to(dtype) if with_entropy else zeros
-    active = (targets != ignore_index) & ((grad_logp != 0) | (grad_entropy != 0))
+    active = (targets != transform.ignore_index) & ((grad_logp != 0) | (grad_entropy != 0))
     work = _Rows(logits, active)
     if work.index is not None:
         work.write(out, (~active).nonzero()[:, 0], 0.0)
     u_scratch, t_scratch, e_scratch = (_Scratch(work.step + 1, work.columns, logits, dtype) for _ in range(3))
     inverse_total = uniformly(torch.exp2, -log_sum)
     for rows in work.chunks():
-        u = _capped(work.read(rows), u_scratch, logit_scale, softcap)
+        u = _capped(work.read(rows), u_scratch, transform)
         n = u.shape[0]
-        k = _row_scale(rows, temperature, temperature_value, logit_scale, softcap, dtype)
-        slope = (k * LN2) * (logit_scale if softcap else 1.0)
+        k = _row_scale(rows, transform, dtype)
+        slope = (k * LN2) * (transform.logit_scale if transform.softcap else 1.0)
         g_lp = grad_logp[rows].unsqueeze(-1)
         weight = -inverse_total[rows].unsqueeze(-1) * slope
         e = e_scratch.rows(n)
@@ -219,31 +243,31 @@ def logits_gradient(
             torch.sub(u, shift[rows].unsqueeze(-1), out=e).mul_(k)
             e_scratch.apply_(torch.exp2_, n)
             grad = e.mul_(g_lp * weight)
-        target = targets[rows].unsqueeze(-1).long()
+        target = targets[rows].unsqueeze(-1).long() - first_column
         known = (target >= 0) & (target < work.columns)
         one_hot = torch.where(known, g_lp * slope, 0.0).to(dtype)
         grad.scatter_add_(-1, target.clamp(0, work.columns - 1), one_hot)
-        if softcap:
-            grad.mul_(torch.where(torch.isfinite(u), 1.0 - (u / softcap).square_(), 1.0))
+        if transform.softcap:
+            grad.mul_(torch.where(torch.isfinite(u), 1.0 - (u / transform.softcap).square_(), 1.0))
         if work.index is None and logits.device.type != "cpu":
             # Every row was computed: one without a gradient may have held NaN.
             grad.masked_fill_(~active[rows].unsqueeze(-1), 0.0)
         work.write(out, rows, grad)
 
 
-def min_p_token_logprobs(logits, targets, min_p, logit_scale, softcap, ignore_index):
+def min_p_token_logprobs(logits, targets, min_p, transform: Transform):
     """[N] log-probs of the targets among the tokens with p >= min_p * max p; see ops.min_p."""
     dtype = compute_dtype(logits.dtype)
-    active = targets != ignore_index
+    active = targets != transform.ignore_index
     known = active & (targets >= 0) & (targets < logits.shape[-1])
     safe_targets = torch.where(known, targets, 0).long()
     target_t, total = (torch.zeros(targets.numel(), dtype=dtype, device=logits.device) for _ in range(2))
     work = _Rows(logits, active)
     u_scratch, e_scratch = (_Scratch(work.step + 1, work.columns, logits, dtype) for _ in range(2))
     floor = math.log2(min_p)
-    k = exponent_scale(1.0, logit_scale, softcap)
+    k = transform.exponent_scale
     for rows in work.chunks():
-        u = _capped(work.read(rows), u_scratch, logit_scale, softcap)
+        u = _capped(work.read(rows), u_scratch, transform)
         n = u.shape[0]
         m = u.amax(-1, keepdim=True)
         e = e_scratch.rows(n)

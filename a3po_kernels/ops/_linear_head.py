@@ -1,0 +1,185 @@
+"""The head hidden @ weight.T and its gradients, a tile of the logits at a time. The GEMMs are PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._dispatch import compute_dtype
+from ._tiles import Tiles
+
+
+class LinearHead(NamedTuple):
+    """logits = hidden @ (weight + lora_scale * lora_b @ lora_a).T + bias, computed in `dtype`; no merged weight is formed.
+
+    hidden [N, H]; weight [V, H], bias [V], lora_b [V, r], of which the first `vocabulary` rows take part; lora_a [r, H].
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    lora_scale: float
+    vocabulary: int
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """What may want a gradient, in the order of `Gradients`."""
+        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+
+    def tile_bytes(self) -> int:
+        return torch.empty((), dtype=self.dtype).element_size()
+
+
+class Gradients(NamedTuple):
+    """Of the hidden states and the parameters of a head; None where none was wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1.0) -> None:
+    """out = [out +] alpha * a @ b, summed in out's dtype or wider: no product is rounded before it is added."""
+    if a.dtype == out.dtype and (out.dtype in (torch.float32, torch.float64) or not add):
+        torch.addmm(out, a, b, beta=1.0 if add else 0.0, alpha=alpha, out=out)
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=1.0 if add else 0.0, alpha=alpha, out=out)
+    elif out.dtype == torch.float32:
+        torch.addmm(out, a.float(), b.float(), beta=1.0 if add else 0.0, alpha=alpha, out=out)
+    else:
+        wide = compute_dtype(a.dtype)
+        product = torch.mm(a.to(wide), b.to(wide)).mul_(alpha)
+        out.copy_(product.add_(out) if add else product)
+
+
+class Logits:
+    """Tiles of the logits of some rows (all if `rows` is None) in one buffer: the next tile overwrites the last."""
+
+    def __init__(self, head: LinearHead, rows: Tensor | None, tiles: Tiles):
+        self.head, self.tiles = head, tiles
+        hidden = head.hidden if rows is None else head.hidden.index_select(0, rows)
+        self.hidden = hidden.to(head.dtype)
+        self.adapted = None
+        if head.lora_a is not None:
+            self.adapted = self.hidden @ head.lora_a.to(head.dtype).t()
+        self.buffer = torch.empty(tiles.rows * tiles.columns, dtype=head.dtype, device=hidden.device)
+        self.columns: slice | None = None
+
+    def _slice(self, parameter: Tensor) -> Tensor:
+        assert self.columns is not None
+        return parameter[self.columns].to(self.head.dtype)
+
+    def enter(self, columns: slice) -> None:
+        """The columns that the next tiles have; their weight is cast once where its dtype differs."""
+        if columns != self.columns:
+            self.columns = columns
+            head = self.head
+            self.weight = self._slice(head.weight)
+            self.bias = None if head.bias is None else self._slice(head.bias)
+            self.lora_b = None if head.lora_b is None else self._slice(head.lora_b)
+
+    def tile(self, rows: slice) -> Tensor:
+        """[rows, columns], contiguous."""
+        assert self.columns is not None
+        shape = (rows.stop - rows.start, self.columns.stop - self.columns.start)
+        out = self.buffer[: shape[0] * shape[1]].view(shape)
+        if self.bias is None:
+            torch.mm(self.hidden[rows], self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, self.hidden[rows], self.weight.t(), out=out)
+        if self.adapted is not None:
+            out.addmm_(self.adapted[rows], self.lora_b.t(), alpha=self.head.lora_scale)
+        return out
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, columns, tile), the columns in the outer loop."""
+        for columns in self.tiles.column_slices():
+            self.enter(columns)
+            for rows in self.tiles.row_slices():
+                yield rows, columns, self.tile(rows)
+
+
+class _Sum:
+    """A sum of products over tiles, [rows, width], in its own dtype where that is exact enough, else in fp32 first."""
+
+    def __init__(self, out: Tensor, pieces: int, add: bool = False):
+        self.out, self.first = out, not add
+        wide = out.dtype in (torch.float32, torch.float64) or (pieces == 1 and not add)
+        self.sum = out if wide else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+
+    def add(self, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+        add_product(self.sum, a, b, add=not self.first, alpha=alpha)
+        self.first = False
+
+    def close(self) -> None:
+        if self.sum is not self.out:
+            self.out.copy_(self.sum)
+
+
+def head_gradients(
+    head: LinearHead, logits: Logits, to_gradient: Callable[[slice, slice, Tensor], None], wanted: tuple[bool, ...],
+    weight_dtype: torch.dtype, active: Tensor | None = None, main_grad: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """Turns each tile of the logits into its gradient by `to_gradient` (in place) and sums the products.
+
+    hidden's gradient is [rows of `logits`, H] in fp32 (fp64 for an fp64 head); weight's is in weight_dtype, or is added
+    to main_grad [V, H] instead. active: bool [rows], False where the gradient is 0 and the hidden state may be NaN.
+    """
+    tiles, hidden = logits.tiles, logits.hidden
+    device, dtype = hidden.device, compute_dtype(head.dtype)
+    want_hidden, want_weight, want_bias, want_a, want_b = wanted
+    want_adapted = head.lora_a is not None and (want_hidden or want_a)
+
+    def zeros(like: Tensor | None, want: bool, dtype: torch.dtype = dtype) -> Tensor | None:
+        return torch.zeros(like.shape, dtype=dtype, device=device) if want and like is not None else None
+
+    # Times a zero gradient a NaN is NaN still.
+    clean = hidden if active is None else hidden.masked_fill(~active.unsqueeze(-1), 0.0)
+    adapted = logits.adapted
+    if adapted is not None and active is not None:
+        adapted = adapted.masked_fill(~active.unsqueeze(-1), 0.0)
+    d_hidden = torch.empty(hidden.shape, dtype=dtype, device=device) if want_hidden else None
+    d_adapted = None if adapted is None or not want_adapted else torch.empty(adapted.shape, dtype=dtype, device=device)
+    d_weight = main_grad
+    if want_weight and main_grad is None:
+        d_weight = torch.empty(head.weight.shape, dtype=weight_dtype, device=device)
+        # Every row that meets a tile is written.
+        d_weight[head.vocabulary if tiles.total_rows else 0 :] = 0
+    d_bias, d_b = zeros(head.bias, want_bias), zeros(head.lora_b, want_b)
+    d_a = zeros(head.lora_a, want_a)
+    weight_sum = None
+    for rows, columns, tile in logits:
+        if rows.start == 0 and want_weight:
+            if weight_sum is not None:
+                weight_sum.close()
+            weight_sum = _Sum(d_weight[columns], tiles.row_count, add=main_grad is not None)
+        to_gradient(rows, columns, tile)
+        later = columns.start > 0
+        if d_hidden is not None:
+            add_product(d_hidden[rows], tile, logits.weight, add=later)
+        if weight_sum is not None:
+            weight_sum.add(tile.t(), clean[rows])
+        if d_bias is not None:
+            d_bias[columns] += tile.sum(0, dtype=dtype)
+        if d_b is not None:
+            add_product(d_b[columns], tile.t(), adapted[rows], add=True, alpha=head.lora_scale)
+        if d_adapted is not None:
+            add_product(d_adapted[rows], tile, logits.lora_b, add=later, alpha=head.lora_scale)
+    if weight_sum is not None:
+        weight_sum.close()
+    if d_adapted is not None:
+        d_adapted = d_adapted.to(head.dtype)
+        if d_hidden is not None:
+            add_product(d_hidden, d_adapted, head.lora_a.to(head.dtype), add=True)
+        if d_a is not None:
+            add_product(d_a, d_adapted.t(), clean, add=False)
+    return Gradients(d_hidden, d_weight if main_grad is None else None, d_bias, d_a, d_b)
+
