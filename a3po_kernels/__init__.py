@@ -1,6 +1,6 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
-from .losses import PolicyLoss, PolicyLossOutput, policy_loss
+from .losses import PolicyLoss, policy_loss
 from .objectives import (
     Cispo,
     Clip,
@@ -28,6 +28,7 @@ from .ops.select_tokens import select_tokens
 from .ops.token_logprobs import TokenStats, token_logprobs
 from .schedules import Constant, CosineDecay, ExponentialDecay, LinearDecay
 from .shaping import group_advantages
+from .token_stages import PolicyLossOutput
 
 __version__ = "0.1.0"
 

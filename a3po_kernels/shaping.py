@@ -26,14 +26,14 @@ def shape_tokens(
     tokens: Tensor,
     polarity: Tensor,
     offsets: Tensor,
-    metric: Callable[[str, str], Tensor],
+    metric: Callable[[TokenRule], Tensor],
     step: Value,
     dtype: torch.dtype,
     backend: str,
 ) -> ShapedTokens:
     """Multiplies the rules' factors in the order listed.
 
-    tokens: bool [N]; polarity: [N], read by its sign; offsets: [S + 1]; metric(name, source) gives a metric [N].
+    tokens: bool [N]; polarity: [N], read by its sign; offsets: [S + 1]; metric gives what a rule selects by [N].
     """
     weights = tokens.to(dtype)
     selected, beta = None, None
@@ -47,7 +47,7 @@ def shape_tokens(
         if rule.polarity is not None:
             eligible = eligible & (polarity * rule.polarity > 0)
         chosen = select_flat(
-            metric(rule.metric, rule.source), eligible, offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,
+            metric(rule), eligible, offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,
             rounding=rule.rounding, backend=backend,
         )  # fmt: skip
         scale = rule.selected_scale(step) if callable(rule.selected_scale) else rule.selected_scale

@@ -13,9 +13,9 @@ from ._tiles import Tiles
 
 
 class LinearHead(NamedTuple):
-    """logits = hidden @ (weight + lora_scale * lora_b @ lora_a).T + bias, computed in `dtype`; no merged weight is formed.
+    """logits = hidden @ (weight + lora_scale * lora_b @ lora_a).T + bias in `dtype`; no merged weight is formed.
 
-    hidden [N, H]; weight [V, H], bias [V], lora_b [V, r], of which the first `vocabulary` rows take part; lora_a [r, H].
+    hidden [N, H]; weight [V, H], bias [V], lora_b [V, r], whose first `vocabulary` rows take part; lora_a [r, H].
     """
 
     hidden: Tensor

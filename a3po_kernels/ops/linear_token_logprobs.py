@@ -6,10 +6,12 @@ f, and takes two products of each (6 f N V H).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._dispatch import INDEX_DTYPES, LOGIT_DTYPES, check_backend, check_floating, check_tensor, check_transform
+from ._dispatch import INDEX_DTYPES, LOGIT_DTYPES, check_backend, check_tensor, check_transform
 from ._linear_head import LinearHead, Logits, head_gradients
 from ._tiles import column_tiles, default_chunk_bytes
 from ._transform import Transform
@@ -84,7 +86,7 @@ def _linear_gradient(
     dtype: torch.dtype, weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float,
     logit_scale: float, softcap: float, ignore_index: int, max_chunk_bytes: int, exact: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """The wanted gradients of (hidden, weight, bias, lora_a, lora_b), each in its parameter's dtype; [0] if unwanted."""
+    """The wanted gradients of hidden, weight, bias, lora_a and lora_b, in their parameter's dtype; [0] if unwanted."""
     head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
     count = targets.numel()
@@ -100,8 +102,8 @@ def _linear_gradient(
     tiles = column_tiles(number, vocabulary, head.tile_bytes(), max_chunk_bytes)
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> None:
-        mine = [None if x is None else x[at] for x in per_row]
-        write_gradient(tile[None], tile[None], *mine, transform.at(at), backend, columns.start)  # type: ignore[arg-type]
+        mine: list[Any] = [None if x is None else x[at] for x in per_row]
+        write_gradient(tile[None], tile[None], *mine, transform.at(at), backend, columns.start)
 
     with torch.autocast(hidden.device.type, enabled=False):
         logits = Logits(head, rows, tiles)
@@ -157,3 +159,162 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
 
 
 _linear_statistics.register_autograd(_backward, setup_context=_setup_context)
+
+
+def read_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, vocab_size: int | None,
+    main_grad: Tensor | None, head_dtype: torch.dtype | None,
+) -> LinearHead:  # fmt: skip
+    """Checks the head and reads it, hidden flat [N, H]; raises ValueError or TypeError."""
+    check_tensor("hidden", hidden, dtypes=LOGIT_DTYPES)
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden must have shape [..., H] with H >= 1; got {list(hidden.shape)}")
+    check_tensor("weight", weight, dtypes=LOGIT_DTYPES, device=hidden.device)
+    width = hidden.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] < 1:
+        raise ValueError(f"weight must have shape [V, {width}], as hidden is [..., {width}]; got {list(weight.shape)}")
+    columns = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, (columns,), LOGIT_DTYPES, hidden.device)
+    if vocab_size is not None:
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+            raise TypeError(f"vocab_size must be an integer; got {type(vocab_size).__name__}")
+        if not 1 <= vocab_size <= columns:
+            raise ValueError(f"vocab_size must lie in [1, {columns}], the rows of weight; got {vocab_size}")
+    lora_a, lora_b, scale = (None, None, 1.0) if lora is None else _read_lora(lora, columns, width, hidden.device)
+    if main_grad is not None:
+        check_tensor("main_grad", main_grad, tuple(weight.shape), (torch.float32,), hidden.device)
+        if not weight.requires_grad:
+            raise ValueError("main_grad was given for a weight that does not require a gradient")
+    if head_dtype is not None and head_dtype not in LOGIT_DTYPES:
+        raise TypeError(f"head_dtype must be a floating-point dtype of logits; got {head_dtype}")
+    dtype = head_dtype or _gemm_dtype(hidden, weight)
+    return LinearHead(
+        hidden.reshape(-1, width), weight, bias, lora_a, lora_b, scale, vocab_size or columns, dtype
+    )  # fmt: skip
+
+
+def _read_lora(lora: object, columns: int, width: int, device: torch.device) -> Lora:
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"lora must be a tuple (A [r, H], B [V, r], scale); got {type(lora).__name__}")
+    a, b, scale = lora
+    check_tensor("lora A", a, dtypes=LOGIT_DTYPES, device=device)
+    check_tensor("lora B", b, dtypes=LOGIT_DTYPES, device=device)
+    if a.ndim != 2 or a.shape[1] != width or tuple(b.shape) != (columns, a.shape[0]):
+        raise ValueError(
+            f"lora must hold A [r, {width}] and B [{columns}, r]; got {list(a.shape)} and {list(b.shape)}"
+        )  # fmt: skip
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"lora's scale must be a number; got {type(scale).__name__}")
+    return a, b, float(scale)
+
+
+def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, as in F.linear; else the wider of the two."""
+    kind = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def weight_gradient_dtype(weight: Tensor) -> torch.dtype:
+    """What weight.grad is to be: PyTorch's `grad_dtype` of the tensor where it is set, else the weight's own."""
+    wanted = getattr(weight, "grad_dtype", None) if weight.is_leaf else None
+    return wanted if wanted in (torch.float32, torch.float64) else weight.dtype
+
+
+def check_head_rows(
+    head: LinearHead, targets: object, shape: tuple[int, ...], temperature: object, softcap: object,
+    logit_scale: object, max_chunk_bytes: object, compaction: object, backend: str,
+) -> None:  # fmt: skip
+    """All that can be wrong with the other arguments of a linear head, short of their values."""
+    device = head.hidden.device
+    check_tensor("targets", targets, shape, INDEX_DTYPES, device)
+    check_transform(temperature, softcap, logit_scale, shape, device)
+    check_backend(backend, device)
+    if max_chunk_bytes is not None:
+        if isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int):
+            raise TypeError(f"max_chunk_bytes must be an integer; got {type(max_chunk_bytes).__name__}")
+        if max_chunk_bytes < 1:
+            raise ValueError(f"max_chunk_bytes must be positive; got {max_chunk_bytes}")
+    if compaction not in ("auto", "exact", "none"):
+        raise ValueError(f"compaction must be 'auto', 'exact' or 'none'; got {compaction!r}")
+
+
+def is_exact(compaction: str, device: torch.device) -> bool:
+    """Whether rows without work are left out: 'auto' does so on the CPU, where it takes no synchronisation."""
+    return compaction == "exact" or (compaction == "auto" and device.type == "cpu")
+
+
+def head_statistics_unchecked(
+    head: LinearHead, targets: Tensor, transform: Transform, main_grad: Tensor | None, max_chunk_bytes: int | None,
+    exact: bool, backend: str,
+) -> TokenStats:  # fmt: skip
+    """linear_token_logprobs after its checks, flat [N]."""
+    logp, entropy, _, _ = _linear_statistics(
+        *head.parameters, main_grad, targets, head.lora_scale, head.vocabulary, head.dtype,
+        weight_gradient_dtype(head.weight), *transform, max_chunk_bytes or default_chunk_bytes(targets.device), exact,
+        backend,
+    )  # fmt: skip
+    return TokenStats(logp, entropy)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    vocab_size: int | None = None,
+    lora: Lora | None = None,
+    main_grad: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    head_dtype: torch.dtype | None = None,
+    max_chunk_bytes: int | None = None,
+    compaction: str = "auto",
+    validate: bool = False,
+    backend: str = "auto",
+) -> TokenStats:
+    """token_logprobs of the logits hidden @ weight.T + bias, which never exist as a whole.
+
+    Differentiable in hidden, weight, bias and the adapter; what does not require a gradient costs no product. dHidden
+    and dWeight are summed over tiles in fp32 and rounded once.
+
+    Args:
+        hidden: [..., H], fp16, bf16, fp32 or fp64; row i predicts targets[i].
+        weight: [V, H]; frozen or tied weights need nothing special. Its gradient is in its own dtype, or in fp32 where
+            `weight.grad_dtype` says so.
+        targets: [...], int32 or int64; a row whose target is `ignore_index` has logp = H = 0 and gradient 0.
+        bias: [V].
+        vocab_size: the true vocabulary where weight has more rows (padding); those take no part in the softmax.
+        lora: (A [r, H], B [V, r], scale) of an adapter: the logits of weight + scale * B @ A, which is not formed.
+        main_grad: fp32 [V, H], to which backward adds the weight's gradient; weight.grad then stays as it is.
+        temperature, softcap, logit_scale, ignore_index, validate, backend: as in token_logprobs.
+        head_dtype: of the products and of the logits; by default autocast's, else the wider of hidden's and weight's.
+            torch.float32 is an fp32 head, under autocast too.
+        max_chunk_bytes: budget of the tile of logits that exists at a time. By default 1/128 of a GPU's memory, between
+            64 MiB and 1 GiB; 64 MiB on the CPU. A tile has all rows and as many columns as fit; below 1024 columns the
+            rows are cut as well.
+        compaction: "exact" leaves out rows without a gradient (and masked ones), at the price on a GPU of one
+            synchronisation forward and one backward; "none" computes every row; "auto" is "exact" on the CPU, else
+            "none".
+
+    Returns:
+        TokenStats(logprobs, entropy), each [...], in fp32 (fp64 for an fp64 head).
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as token_logprobs does.
+    """
+    head = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype)
+    check_head_rows(
+        head, targets, tuple(hidden.shape[:-1]), temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
+    )
+    check_targets(targets, head.vocabulary, ignore_index, validate)
+    stats = head_statistics_unchecked(
+        head, targets.reshape(-1).contiguous(), Transform.of(temperature, softcap, logit_scale, ignore_index),
+        main_grad, max_chunk_bytes, is_exact(compaction, hidden.device), backend,
+    )  # fmt: skip
+    return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))

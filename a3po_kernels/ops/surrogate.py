@@ -68,8 +68,7 @@ def normalizer(
 def _policy_terms(
     logp: Tensor, entropy: Tensor, tokens: Tensor, weights: Tensor, advantages: Tensor, polarity: Tensor,
     old: Tensor | None, reference: Tensor | None, importance: Tensor | None, proxy: Tensor | None,
-    replaced: Tensor | None, selected: Tensor | None, offsets: Tensor, denominator: Tensor | None,
-    denominator_value: float | None, max_length: float, aggregation: str, normalize_selected: bool,
+    replaced: Tensor | None, selected: Tensor | None, offsets: Tensor, scale: Tensor,
     kind: str, sequence: bool, kl_estimator: str, numbers: list[float], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, sums [15]) of flat [N] tensors."""
@@ -79,15 +78,12 @@ def _policy_terms(
         logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
     ]  # fmt: skip
     arguments = [x if x is None else x.contiguous() for x in arguments]  # the kernels know no strides
-    scaling = (aggregation, normalize_selected, max_length, denominator, denominator_value)
     d_entropy = torch.zeros(count if form.entropy_coef else 0, dtype=logp.dtype, device=logp.device)
     if count == 0:
         sums = logp.new_zeros(len(SUMS))
         return logp.new_zeros(()), torch.zeros_like(logp), d_entropy, sums
     if not uses_triton(backend, logp.device):
-        return torch_surrogate.policy_terms(
-            *arguments, offsets=offsets, form=form, scale_of=lambda counts: normalizer(counts, *scaling)
-        )
+        return torch_surrogate.policy_terms(*arguments, offsets=offsets, form=form, scale=scale)
     compute = triton_dtype(logp.dtype)
     counts = logp.new_empty((2, rollouts))
     log_ratio = logp.new_empty(rollouts)
@@ -101,14 +97,12 @@ def _policy_terms(
             tokens, weights, logp, before, offsets, counts, log_ratio, rollouts,
             SEQUENCE=sequence, BLOCK=_BLOCK, COMPUTE=compute,
         )  # fmt: skip
-        scale = normalizer(counts, *scaling)
         policy_terms_kernel[(rollouts,)](
             *arguments, offsets, scale, counts, log_ratio, d_logp,
             d_entropy if form.entropy_coef else None, sums, *form[3:],
             KIND=kind, SEQUENCE=sequence, ESTIMATOR=kl_estimator, BLOCK=_BLOCK, COMPUTE=compute,
         )  # fmt: skip
-    total = sums.sum(0, dtype=torch.float64).to(logp.dtype)
-    total[-1:] = sums[:, -1].amax(0, keepdim=True)
+    total = merge_sums(sums)
     return total[0].clone(), d_logp, d_entropy, total
 
 
@@ -135,23 +129,41 @@ def _backward(ctx, grad_loss, *_):
 _policy_terms.register_autograd(_backward, setup_context=_setup_context)
 
 
+class PolicyTerms(NamedTuple):
+    """loss 0-d, differentiable in logp and entropy; d_logp [N], d_entropy [N] or [0]: its derivatives; sums: SUMS."""
+
+    loss: Tensor
+    d_logp: Tensor
+    d_entropy: Tensor
+    sums: Tensor
+
+
 def policy_terms(
     logp: Tensor, entropy: Tensor, *, tokens: Tensor, weights: Tensor, advantages: Tensor, polarity: Tensor,
-    offsets: Tensor, form: SurrogateForm, aggregation: str, normalize_selected: bool, max_length: float = 0.0,
-    old: Tensor | None = None, reference: Tensor | None = None, importance: Tensor | None = None,
-    proxy: Tensor | None = None, replaced: Tensor | None = None, selected: Tensor | None = None,
-    denominator: Tensor | float | None = None, backend: str = "auto",
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The loss (0-d, differentiable in logp and entropy) and the sums named in SUMS, of flat [N] tensors.
+    offsets: Tensor, scale: Tensor, form: SurrogateForm, old: Tensor | None = None, reference: Tensor | None = None,
+    importance: Tensor | None = None, proxy: Tensor | None = None, replaced: Tensor | None = None,
+    selected: Tensor | None = None, backend: str = "auto",
+) -> PolicyTerms:  # fmt: skip
+    """The loss and its coefficients of flat [N] tensors.
 
-    tokens: bool [N]; weights: shaping factors [N], 0 for a dropped token; advantages, polarity: [N]; old, reference:
-    log-probs [N]; importance: [N]; proxy: log-probs [N] of the regulariser that replaces the `replaced` tokens' loss.
+    tokens: bool [N]; weights: shaping factors [N], 0 for a dropped token; scale: [S], multiplies the tokens of a
+    rollout; advantages, polarity: [N]; old, reference: log-probs [N]; importance: [N]; proxy: log-probs [N] of the
+    regulariser that replaces the `replaced` tokens' loss.
     """
-    tensor = denominator if isinstance(denominator, Tensor) else None
-    value = None if tensor is not None or denominator is None else float(denominator)
-    loss, _, _, sums = _policy_terms(
+    return PolicyTerms(*_policy_terms(
         logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
-        offsets, tensor, value, float(max_length), aggregation, normalize_selected,
-        form.kind, form.sequence, form.kl_estimator, [float(x) for x in form[3:]], backend,
-    )  # fmt: skip
-    return loss, dict(zip(SUMS, sums.unbind(), strict=True))
+        offsets, scale, form.kind, form.sequence, form.kl_estimator, [float(x) for x in form[3:]], backend,
+    ))  # fmt: skip
+
+
+def token_counts(tokens: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """[2, S]: the tokens and the kept tokens of each rollout, in the weights' dtype."""
+    flags = (tokens, tokens & (weights != 0))
+    return torch.stack([torch_surrogate.segment_sum(x.to(weights.dtype), offsets) for x in flags])
+
+
+def merge_sums(stacked: Tensor) -> Tensor:
+    """The sums named in SUMS of disjoint batches [parts, 15] as those of all of them."""
+    total = stacked.sum(0, dtype=torch.float64).to(stacked.dtype)
+    total[-1:] = stacked[:, -1].amax(0, keepdim=True)
+    return total

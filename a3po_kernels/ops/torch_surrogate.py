@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """Sums over the rollouts, in a fixed order on every device."""
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0.0)
 
@@ -51,9 +51,9 @@ def _kl(estimator: str, logp: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
 
 def policy_terms(
     logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
-    *, offsets, form, scale_of,
+    *, offsets, form, scale,
 ):  # fmt: skip
-    """(loss, dL/dlogp, dL/dH, sums); scale_of maps the counts [2, S] to one factor per rollout [S]."""
+    """(loss, dL/dlogp, dL/dH, sums); scale: one factor per rollout [S]."""
     dtype = logp.dtype
     rollout = torch.searchsorted(offsets, torch.arange(logp.numel(), device=logp.device), right=True) - 1
 
@@ -64,12 +64,11 @@ def policy_terms(
     kept = tokens & (weights != 0)
     logp, entropy = at(logp, tokens), at(entropy, tokens)
     advantage = at(advantages, kept) * weights
-    counts = torch.stack([_segment_sum(flags.to(dtype), offsets) for flags in (tokens, kept)])
-    scale = scale_of(counts)[rollout]
-    length = counts[0].clamp(min=1.0)
+    scale = scale[rollout]
+    length = segment_sum(tokens.to(dtype), offsets).clamp(min=1.0)
 
     gap = torch.zeros_like(logp) if old is None else at(logp - old, tokens)
-    log_ratio = (_segment_sum(gap, offsets) / length)[rollout] if form.sequence else gap
+    log_ratio = (segment_sum(gap, offsets) / length)[rollout] if form.sequence else gap
     ratio = log_ratio.clamp(-20.0, 20.0).exp()
     slope = torch.where(log_ratio.abs() <= 20.0, ratio, 0.0)
     loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(form, ratio, slope, logp, advantage)
@@ -93,7 +92,7 @@ def policy_terms(
 
     d_logp, d_ratio = at(d_logp, kept), at(d_ratio, kept)
     if form.sequence:
-        shared = _segment_sum(d_ratio, offsets) / length
+        shared = segment_sum(d_ratio, offsets) / length
         d_logp = at(d_logp + shared[rollout], tokens) * scale
     else:
         d_logp = (d_logp + d_ratio) * scale
