@@ -1,5 +1,6 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
+from .linear_losses import LinearPolicyLoss, linear_policy_loss
 from .losses import PolicyLoss, policy_loss
 from .objectives import (
     Cispo,
@@ -23,6 +24,8 @@ from .objectives import (
     sapo,
     w_reinforce,
 )
+from .ops.linear_min_p import linear_min_p_token_logprobs
+from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.min_p import min_p_token_logprobs
 from .ops.select_tokens import select_tokens
 from .ops.token_logprobs import TokenStats, token_logprobs
@@ -39,6 +42,7 @@ __all__ = [
     "CosineDecay",
     "ExponentialDecay",
     "LinearDecay",
+    "LinearPolicyLoss",
     "MinPRegularizer",
     "Objective",
     "PolarityWeights",
@@ -56,6 +60,9 @@ __all__ = [
     "group_advantages",
     "grpo",
     "gspo",
+    "linear_min_p_token_logprobs",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "lp_reg",
     "min_p_token_logprobs",
     "nsr",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,8 +104,9 @@ class TokenBatch:
     def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:
         """Some rows, in the rollouts that `offsets` cut them into."""
         per_token = ("tokens", "advantages", "polarity", "old", "old_entropy", "reference", "importance", "proxy")
-        values = {name: getattr(self, name) for name in per_token}
-        return replace(self, offsets=offsets, **{k: None if v is None else v[rows] for k, v in values.items()})
+        given: dict[str, Any] = {name: getattr(self, name) for name in per_token}
+        given = {name: None if values is None else values[rows] for name, values in given.items()}
+        return replace(self, offsets=offsets, **given)
 
 
 def token_batch(
@@ -152,7 +153,7 @@ def loss_scale(
     """What the loss of a token is multiplied by, per rollout [S]."""
     counts = token_counts(tokens, weights, layout.offsets)
     tensor = denominator if isinstance(denominator, Tensor) else None
-    value = None if tensor is not None or denominator is None else float(denominator)  # type: ignore[arg-type]
+    value = None if tensor is not None or denominator is None else float(denominator)
     return normalizer(
         counts, objective.aggregation, objective.normalize_over == "selected",
         _max_length(objective, layout, max_length, denominator), tensor, value,

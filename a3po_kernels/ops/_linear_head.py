@@ -95,7 +95,7 @@ class Logits:
             torch.mm(self.hidden[rows], self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, self.hidden[rows], self.weight.t(), out=out)
-        if self.adapted is not None:
+        if self.adapted is not None and self.lora_b is not None:
             out.addmm_(self.adapted[rows], self.lora_b.t(), alpha=self.head.lora_scale)
         return out
 
@@ -157,7 +157,7 @@ def head_gradients(
     d_a = zeros(head.lora_a, want_a)
     weight_sum = None
     for rows, columns, tile in logits:
-        if rows.start == 0 and want_weight:
+        if rows.start == 0 and d_weight is not None and want_weight:
             if weight_sum is not None:
                 weight_sum.close()
             weight_sum = _Sum(d_weight[columns], tiles.row_count, add=main_grad is not None)
@@ -169,13 +169,13 @@ def head_gradients(
             weight_sum.add(tile.t(), clean[rows])
         if d_bias is not None:
             d_bias[columns] += tile.sum(0, dtype=dtype)
-        if d_b is not None:
+        if d_b is not None and adapted is not None:
             add_product(d_b[columns], tile.t(), adapted[rows], add=True, alpha=head.lora_scale)
-        if d_adapted is not None:
+        if d_adapted is not None and logits.lora_b is not None:
             add_product(d_adapted[rows], tile, logits.lora_b, add=later, alpha=head.lora_scale)
     if weight_sum is not None:
         weight_sum.close()
-    if d_adapted is not None:
+    if d_adapted is not None and head.lora_a is not None:
         d_adapted = d_adapted.to(head.dtype)
         if d_hidden is not None:
             add_product(d_hidden, d_adapted, head.lora_a.to(head.dtype), add=True)

@@ -32,9 +32,12 @@ class Tiles(NamedTuple):
     total_columns: int
     rows: int
     columns: int
+    cuts: tuple[slice, ...] | None = None  # of the rows, where they may not be cut anywhere
 
     @property
     def row_count(self) -> int:
+        if self.cuts is not None:
+            return len(self.cuts)
         return -(-self.total_rows // self.rows)
 
     @property
@@ -42,7 +45,7 @@ class Tiles(NamedTuple):
         return -(-self.total_columns // self.columns)
 
     def row_slices(self) -> Iterator[slice]:
-        return _slices(self.total_rows, self.rows)
+        return _slices(self.total_rows, self.rows) if self.cuts is None else iter(self.cuts)
 
     def column_slices(self) -> Iterator[slice]:
         return _slices(self.total_columns, self.columns)

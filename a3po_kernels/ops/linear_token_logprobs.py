@@ -6,8 +6,6 @@ f, and takes two products of each (6 f N V H).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,6 +32,10 @@ def scatter_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
         return values
     out = torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device)
     return out.index_copy_(0, rows, values)
+
+
+def _at(values: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+    return None if values is None else values[rows]
 
 
 def head_statistics(
@@ -94,16 +96,18 @@ def _linear_gradient(
     given = [gradient for gradient in (grad_logp, grad_entropy) if gradient is not None]
     active &= torch.stack([gradient != 0 for gradient in given]).any(0)
     rows = rows_where(active, exact)
-    per_row: list[Tensor | None] = [targets, shift, log_sum, entropy, grad_logp, grad_entropy]
     if rows is not None:
-        per_row = [None if x is None else x[rows] for x in per_row]
+        targets, shift, log_sum, entropy = targets[rows], shift[rows], log_sum[rows], entropy[rows]
+        grad_logp, grad_entropy = _at(grad_logp, rows), _at(grad_entropy, rows)
         transform = transform.at(rows)
     number = count if rows is None else rows.numel()
     tiles = column_tiles(number, vocabulary, head.tile_bytes(), max_chunk_bytes)
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> None:
-        mine: list[Any] = [None if x is None else x[at] for x in per_row]
-        write_gradient(tile[None], tile[None], *mine, transform.at(at), backend, columns.start)
+        write_gradient(
+            tile[None], tile[None], targets[at], shift[at], log_sum[at], entropy[at], _at(grad_logp, at),
+            _at(grad_entropy, at), transform.at(at), backend, columns.start,
+        )  # fmt: skip
 
     with torch.autocast(hidden.device.type, enabled=False):
         logits = Logits(head, rows, tiles)

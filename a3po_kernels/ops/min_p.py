@@ -16,12 +16,9 @@ from .token_logprobs import check_targets, is_aligned, vector_width
 _BLOCK = 4096
 
 
-@torch.library.custom_op("a3po::min_p_token_logprobs", mutates_args=())
-def _min_p(
-    logits: Tensor, targets: Tensor, min_p: float, logit_scale: float, softcap: float, ignore_index: int, backend: str
-) -> Tensor:
-    """[N] of logits [batch, rows, V]; softcap 0 means none."""
-    transform = Transform(None, 1.0, logit_scale, softcap, ignore_index)
+def min_p_rows(logits: Tensor, targets: Tensor, min_p: float, transform: Transform, backend: str) -> Tensor:
+    """[N] of logits [batch, rows, V]; the transform's temperature plays no part."""
+    transform = transform._replace(temperature=None, temperature_value=1.0)
     if not uses_triton(backend, logits.device):
         return torch_backend.min_p_token_logprobs(logits, targets, min_p, transform)
     out = torch.empty(targets.numel(), dtype=compute_dtype(logits.dtype), device=logits.device)
@@ -30,17 +27,33 @@ def _min_p(
     with device_guard(logits):
         min_p_kernel[(targets.numel(),)](
             logits, targets, out, logits.shape[-1], logits.shape[1], logits.stride(0), logits.stride(1),
-            logits.stride(2), ignore_index, math.log2(min_p), transform.exponent_scale,
-            logit_scale, softcap or 1.0,
-            HAS_SOFTCAP=bool(softcap), ALIGNED=is_aligned(logits), VEC=vector_width(logits), BLOCK=_BLOCK,
+            logits.stride(2), transform.ignore_index, math.log2(min_p), transform.exponent_scale,
+            transform.logit_scale, transform.softcap or 1.0,
+            HAS_SOFTCAP=bool(transform.softcap), ALIGNED=is_aligned(logits), VEC=vector_width(logits), BLOCK=_BLOCK,
             COMPUTE=triton_dtype(logits.dtype), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
+@torch.library.custom_op("a3po::min_p_token_logprobs", mutates_args=())
+def _min_p(
+    logits: Tensor, targets: Tensor, min_p: float, logit_scale: float, softcap: float, ignore_index: int, backend: str
+) -> Tensor:
+    """[N] of logits [batch, rows, V]; softcap 0 means none."""
+    return min_p_rows(logits, targets, min_p, Transform(None, 1.0, logit_scale, softcap, ignore_index), backend)
+
+
 @_min_p.register_fake
 def _(logits, targets, *_):
     return logits.new_empty(targets.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+def check_min_p(min_p: object) -> None:
+    """Raises TypeError or ValueError unless 0 < min_p <= 1."""
+    if isinstance(min_p, bool) or not isinstance(min_p, (int, float)):
+        raise TypeError(f"min_p must be a number; got {type(min_p).__name__}")
+    if not 0 < min_p <= 1:
+        raise ValueError(f"min_p must lie in (0, 1]; got {min_p}")
 
 
 def min_p_token_logprobs(
@@ -70,10 +83,7 @@ def min_p_token_logprobs(
         ValueError, TypeError, IndexError: as token_logprobs does.
     """
     check_rows(logits, targets, 1.0, softcap, logit_scale, backend)
-    if isinstance(min_p, bool) or not isinstance(min_p, (int, float)):
-        raise TypeError(f"min_p must be a number; got {type(min_p).__name__}")
-    if not 0 < min_p <= 1:
-        raise ValueError(f"min_p must lie in (0, 1]; got {min_p}")
+    check_min_p(min_p)
     check_targets(targets, logits.shape[-1], ignore_index, validate)
     out = _min_p(
         as_rows(logits.detach()), targets.reshape(-1).contiguous(), float(min_p), float(logit_scale),
