@@ -23,6 +23,7 @@ from .ops.token_logprobs import TokenStats, empty_results, fold_statistics, writ
 from .schedules import Value
 from .shaping import ShapedTokens
 from .token_stages import TokenBatch, shape, token_terms
+import itertools
 
 
 class Chunks(NamedTuple):
@@ -36,7 +37,7 @@ class Chunks(NamedTuple):
 def whole_rollouts(boundaries: list[int], tiles: Tiles) -> Tiles | None:
     """Tiles cut between rollouts only, or None where one is longer than a tile may be."""
     slices, start = [], 0
-    for begin, end in zip(boundaries, boundaries[1:], strict=False):
+    for begin, end in itertools.pairwise(boundaries):
         if end - begin > tiles.rows:
             return None
         if end - start > tiles.rows:
