@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,7 +24,6 @@ from .ops.token_logprobs import TokenStats, empty_results, fold_statistics, writ
 from .schedules import Value
 from .shaping import ShapedTokens
 from .token_stages import TokenBatch, shape, token_terms
-import itertools
 
 
 class Chunks(NamedTuple):
@@ -158,13 +158,13 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        gradients: list[Any] = list(ctx.saved_tensors)
         if ctx.spent:
             raise RuntimeError(
                 "the one-pass route scales the gradient it holds in place, so backward runs once; route='recompute' "
                 "allows a second backward"
             )
         ctx.spent = True
+        gradients: list[Any] = list(ctx.saved_tensors)
         out: list[Tensor | None] = []
         for position, (gradient, form) in enumerate(zip(gradients, ctx.forms, strict=True)):
             if gradient is None or form is None:

@@ -73,8 +73,8 @@ def test_against_the_reference(options, budget, compaction, backend, device):
 @pytest.mark.parametrize("columns", [64, 512])
 def test_low_precision_is_no_worse_than_plain_at_any_tile_size(dtype, columns, backend, device):
     """Sums over tiles are rounded once: the error does not grow as the tiles shrink, and is at most the plain way's."""
-    if INTERPRETED and columns != 64:
-        pytest.skip("the interpreter is slow")
+    if INTERPRETED and (columns != 64 or dtype is torch.bfloat16):
+        pytest.skip("the interpreter is slow, and cuts fp32 off to bf16 where a GPU rounds")
     rows, vocabulary = (16, 300) if INTERPRETED else (256, 4096)
     parameters, targets, gradients = head(3, dtype, device, rows, 32, vocabulary)
     parameters = [0.3 * x for x in parameters]

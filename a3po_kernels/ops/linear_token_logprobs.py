@@ -87,7 +87,7 @@ def _linear_gradient(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, wanted: list[bool], lora_scale: float, vocabulary: int,
     dtype: torch.dtype, weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float,
     logit_scale: float, softcap: float, ignore_index: int, max_chunk_bytes: int, exact: bool, backend: str,
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The wanted gradients of hidden, weight, bias, lora_a and lora_b, in their parameter's dtype; [0] if unwanted."""
     head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
@@ -123,7 +123,7 @@ def _linear_gradient(
             out.append(hidden.new_empty(0))
         else:
             out.append(gradient if parameter is weight else gradient.to(parameter.dtype))
-    return out
+    return tuple(out)  # type: ignore[return-value]
 
 
 @_linear_gradient.register_fake
@@ -134,7 +134,7 @@ def _(hidden, weight, bias, lora_a, lora_b, main_grad, *arguments):
         absent = not want or parameter is None or (parameter is weight and main_grad is not None)
         dtype = weight_dtype if parameter is weight else None
         out.append(hidden.new_empty(0) if absent else torch.empty_like(parameter, dtype=dtype))
-    return out
+    return tuple(out)
 
 
 def _setup_context(ctx, inputs, output):
@@ -223,7 +223,9 @@ def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def weight_gradient_dtype(weight: Tensor) -> torch.dtype:
     """What weight.grad is to be: PyTorch's `grad_dtype` of the tensor where it is set, else the weight's own."""
-    wanted = getattr(weight, "grad_dtype", None) if weight.is_leaf else None
+    if torch.compiler.is_compiling() or not weight.is_leaf:
+        return weight.dtype
+    wanted = getattr(weight, "grad_dtype", None)
     return wanted if wanted in (torch.float32, torch.float64) else weight.dtype
 
 
