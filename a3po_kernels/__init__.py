@@ -2,6 +2,7 @@
 
 from .linear_losses import LinearPolicyLoss, linear_policy_loss
 from .losses import PolicyLoss, policy_loss
+from .memory import estimate_memory
 from .objectives import (
     Cispo,
     Clip,
@@ -56,6 +57,7 @@ __all__ = [
     "cispo",
     "dapo",
     "dr_grpo",
+    "estimate_memory",
     "fork_tokens",
     "group_advantages",
     "grpo",

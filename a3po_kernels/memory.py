@@ -1,0 +1,132 @@
+"""What linear_policy_loss holds at its peak, by part, from the sizes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from .objectives import Objective
+from .ops._dispatch import compute_dtype
+from .ops._tiles import Tiles, column_tiles, default_chunk_bytes, row_tiles
+from .ops.torch_backend import CPU_CHUNK, GPU_CHUNK
+
+# fp32 or integer numbers per token that the stages between the vocabulary's two hold at once.
+_PER_TOKEN = 40
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def _scratch(tiles: Tiles, dtype: torch.dtype, device: torch.device, backend: str) -> int:
+    """The torch backend's three buffers of a few rows; the Triton backend's partial statistics."""
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        return 3 * 4 * tiles.rows * -(-tiles.columns // 32768)
+    step = min(max((CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // tiles.columns, 2), max(tiles.rows, 1))
+    return 3 * (step + 1) * tiles.columns * _itemsize(compute_dtype(dtype))
+
+
+def _operands(tiles: Tiles, width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Copies in fp32 that a low-precision product with an fp32 sum takes where no GEMM has one."""
+    if device.type == "cuda" or dtype in (torch.float32, torch.float64):
+        return 0
+    return 4 * (tiles.rows * tiles.columns + max(tiles.rows, tiles.columns) * width)
+
+
+def estimate_memory(
+    rows: int,
+    width: int,
+    vocabulary: int,
+    dtype: torch.dtype = torch.bfloat16,
+    objective: Objective | None = None,
+    *,
+    route: str = "one-pass",
+    active_fraction: float = 1.0,
+    statistics: str = "all",
+    frozen_weight: bool = False,
+    main_grad: bool = False,
+    max_chunk_bytes: int | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> dict[str, int]:
+    """Bytes that forward and backward of linear_policy_loss hold at their peak above the inputs, by part.
+
+    Args:
+        rows: tokens N; width: H; vocabulary: V; dtype: of the head, its weight and the hidden states.
+        objective: Lp-Reg's rows cost nothing more; any objective holds the same.
+        route: "one-pass", "recompute", or "statistics" for a call under no_grad.
+        active_fraction: share of the rows with a gradient, where compaction leaves the others out.
+        statistics, max_chunk_bytes, backend: as in linear_policy_loss. device: where it runs.
+        frozen_weight: no gradient of the weight. main_grad: it is added to a buffer that is there already.
+
+    Returns:
+        logits_chunk, scratch (buffers of the statistics and gradients, or on the CPU the fp32 operands of products in
+        low precision), weight_gradient, hidden_gradient, compacted_hidden, per_token, and total: the largest sum that
+        lives at one time.
+
+    Raises:
+        ValueError: an unknown route, or sizes out of range.
+    """
+    if route not in ("one-pass", "recompute", "statistics"):
+        raise ValueError(f"route must be 'one-pass', 'recompute' or 'statistics'; got {route!r}")
+    if min(rows, width, vocabulary) < 1 or not 0 <= active_fraction <= 1:
+        raise ValueError("rows, width and vocabulary must be positive and active_fraction lie in [0, 1]")
+    device = torch.device(device)
+    budget = max_chunk_bytes or default_chunk_bytes(device)
+    item, wide = _itemsize(dtype), _itemsize(compute_dtype(dtype))
+    active = round(rows * active_fraction)
+    computed = active if statistics == "active" else rows
+    compact = active < rows
+    per_token = _PER_TOKEN * 4 * rows
+
+    def tile_bytes(tiles: Tiles) -> int:
+        return tiles.rows * tiles.columns * item
+
+    def stage(tiles: Tiles, gradient: bool) -> dict[str, int]:
+        return {
+            "logits_chunk": tile_bytes(tiles),
+            # One is gone before the other comes.
+            "scratch": max(
+                _scratch(tiles, dtype, device, backend), _operands(tiles, width, dtype, device) if gradient else 0
+            ),
+        }  # fmt: skip
+
+    def gradients(sum_bytes: int, slices: int) -> dict[str, int]:
+        weight = 0 if frozen_weight or (main_grad and route == "recompute") else vocabulary * width * sum_bytes
+        return {
+            "weight_gradient": weight + slices, "hidden_gradient": active * width * wide,
+            "compacted_hidden": active * width * item if compact else 0,
+        }  # fmt: skip
+
+    moments: list[dict[str, int]] = [{"per_token": per_token}]
+    if computed and not (route == "one-pass" and active == computed):
+        others = computed - active if route == "one-pass" else computed
+        held = gradients(wide, 0) if route == "one-pass" and active else {}
+        tiles = column_tiles(others, vocabulary, item, budget)
+        gathered = others * width * item if others < rows else 0
+        here = stage(tiles, False)
+        # The one-pass buffer lives until the other rows' statistics are taken.
+        buffered = tile_bytes(row_tiles(active, vocabulary, item, budget)) if route == "one-pass" and active else 0
+        here["logits_chunk"] += buffered
+        here["compacted_hidden"] = held.get("compacted_hidden", 0) + gathered
+        moments.append({**held, **here})
+    if active and route == "one-pass":
+        tiles = row_tiles(active, vocabulary, item, budget)
+        moments.append({**gradients(wide, 0), **stage(tiles, True)})
+    elif active and route == "recompute":
+        tiles = column_tiles(active, vocabulary, item, budget)
+        slices = tiles.columns * width * wide if item < wide and tiles.row_count > 1 and not frozen_weight else 0
+        moments.append({**gradients(item, slices), **stage(tiles, True)})
+    if route != "statistics" and active:
+        # Backward's last moment: the gradients, and their copies in the parameters' dtype or among all rows.
+        end = gradients(wide if route == "one-pass" else item, 0)
+        if item < wide and route == "one-pass" and not main_grad:
+            end["weight_gradient"] += 0 if frozen_weight else vocabulary * width * item
+        end["hidden_gradient"] += rows * width * item if compact else 0
+        end["hidden_gradient"] += active * width * item if item < wide else 0
+        moments.append(end)
+    for moment in moments:
+        moment["per_token"] = per_token
+    peak = max(moments, key=lambda moment: sum(moment.values()))
+    names = ("logits_chunk", "scratch", "weight_gradient", "hidden_gradient", "compacted_hidden", "per_token")
+    parts = {name: peak.get(name, 0) for name in names}
+    return {**parts, "total": sum(parts.values())}
