@@ -14,7 +14,16 @@ from .ops._layout import token_layout
 from .ops._tiles import default_chunk_bytes
 from .ops._transform import Transform
 from .ops.linear_min_p import linear_min_p_unchecked
-from .ops.linear_token_logprobs import Lora, check_head_rows, head_statistics_unchecked, is_exact, read_head, rows_where
+from .ops.linear_token_logprobs import (
+    EVERY,
+    EXACT,
+    Lora,
+    check_head_rows,
+    head_statistics_unchecked,
+    read_compaction,
+    read_head,
+    rows_where,
+)
 from .ops.surrogate import token_counts
 from .ops.token_logprobs import check_targets
 from .schedules import Value
@@ -75,7 +84,7 @@ def linear_policy_loss(
     main_grad: Tensor | None = None,
     max_chunk_bytes: int | None = None,
     route: str = "auto",
-    compaction: str = "auto",
+    compaction: str | int = "auto",
     statistics: str = "all",
     head_dtype: torch.dtype | None = None,
     old_logprobs: Tensor | None = None,
@@ -105,10 +114,12 @@ def linear_policy_loss(
             token's coefficients depend on in one chunk: nothing but the token, or whole rollouts (a rollout-wide ratio,
             a selection by the current policy), or the batch. Its gradient is scaled by the incoming one in backward,
             which therefore runs once. "recompute" takes the statistics first and forms the logits of the rows that
-            have a gradient again in backward. "auto": one-pass where it is possible, else recompute.
+            have a gradient again in backward. "auto": one-pass where it is possible, else recompute; a number of
+            rows as compaction takes recompute.
         statistics: "all" tokens, or "active": only those that may have a gradient, or that one with a gradient
             depends on; the others never meet the weight. Their log-probs and entropy are 0, and the metrics are means
-            over the computed tokens (token_count and active_fraction are of all of them).
+            over the computed tokens (token_count and active_fraction are of all of them). With a number of rows as
+            compaction these must fit as well, else everything is NaN.
         The rest: as in policy_loss.
 
     Returns:
@@ -147,7 +158,10 @@ def linear_policy_loss(
 
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     max_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device)
-    exact = is_exact(compaction, hidden.device)
+    chosen = read_compaction(compaction, hidden.device, backend)
+    if chosen > 0 and route == "one-pass":
+        raise ValueError("route='one-pass' takes compaction 'exact' or 'none'; a number of rows needs 'recompute'")
+    exact = EXACT if chosen == EXACT else EVERY
     batch = token_batch(
         layout, tokens, compute_dtype(head.dtype), advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         polarity=polarity, old_entropy=old_entropy, min_p_logprobs=min_p_logprobs,
@@ -168,10 +182,10 @@ def linear_policy_loss(
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.parameters)
 
     chunks = None
-    if any(wanted) and route != "recompute" and not torch.compiler.is_compiling():
+    if any(wanted) and route != "recompute" and chosen <= 0 and not torch.compiler.is_compiling():
         unit = "batch" if objective.low_probability is not None else reads
         mine = _spread(possible, batch, unit)
-        rows = rows_where(mine, exact)
+        rows, _ = rows_where(mine, exact)
         chunks = plan_chunks(
             head, batch.offsets, rows, unit, layout.shape[1] if layout.padded else None, max_bytes
         )  # fmt: skip
@@ -197,7 +211,11 @@ def linear_policy_loss(
         loss = attach(found.loss, found.gradients, rows, main_grad, head)
         return policy_output(layout, loss, found.stats, found.shaped, found.sums, tokens, "one-pass")
 
-    stats = head_statistics_unchecked(head, computed_targets, transform, main_grad, max_bytes, exact, backend)
+    # Few rows are computed of "active" ones alone.
+    forward_rows = chosen if statistics == "active" else exact
+    stats = head_statistics_unchecked(
+        head, computed_targets, transform, main_grad, max_bytes, forward_rows, chosen, backend
+    )
     batch = replace(batch, tokens=computed)
     shaped = shape(objective, batch, stats, step, backend) if shaped is None else shaped
     scale = loss_scale(objective, layout, tokens, shaped.weights, denominator, max_length)

@@ -210,3 +210,47 @@ def test_selection_of_the_whole_batch_in_one_chunk(backend, device):
         found[route] = output.loss.detach(), hidden.grad
     for a, b in zip(found["one-pass"], found["recompute"], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("statistics", ["all", "active"])
+@pytest.mark.parametrize("capacity", [12, 20, 1000])
+def test_a_fixed_capacity_that_holds(capacity, statistics, backend, device):
+    """12 of 60 rows have a gradient: any capacity from there on gives it, NaN in idle rows or not."""
+    found = {}
+    for compaction in (capacity, "none"):
+        hidden, weight, targets, advantages = batch(0.2, device=device)
+        targets[4] = -100
+        with torch.no_grad():
+            hidden[4] = torch.nan
+        output = linear_policy_loss(
+            hidden, weight, targets, advantages, objective=dapo(), route="recompute", compaction=compaction,
+            statistics=statistics, backend=backend,
+        )  # fmt: skip
+        output.loss.backward()
+        found[compaction] = output.loss.detach(), hidden.grad, weight.grad
+    for a, b in zip(found[capacity], found["none"], strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[capacity][1][:2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("statistics", ["all", "active"])
+def test_a_fixed_capacity_that_overflows(statistics, backend, device):
+    """11 rows do not hold 12: NaN everywhere on a GPU, never a gradient that lacks a row; the CPU counts."""
+    hidden, weight, targets, advantages = batch(0.2, device=device)
+    output = linear_policy_loss(
+        hidden, weight, targets, advantages, objective=dapo(), compaction=11, statistics=statistics, backend=backend
+    )
+    assert output.route == ("one-pass" if backend == "torch" and device.type == "cpu" else "recompute")
+    output.loss.backward()
+    if output.route == "one-pass":
+        assert hidden.grad[:2].all() and hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+        return
+    assert hidden.grad.isnan().all() and weight.grad.isnan().all()
+    assert bool(output.logprobs.isnan().any()) == (statistics == "active")
+
+
+def test_one_pass_takes_no_capacity(backend, device):
+    if backend == "torch" and device.type == "cpu":
+        pytest.skip("a number of rows is exact on the CPU")
+    with pytest.raises(ValueError, match="needs 'recompute'"):
+        linear_policy_loss(*batch(device=device), objective=dapo(), route="one-pass", compaction=5, backend=backend)

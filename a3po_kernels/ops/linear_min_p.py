@@ -9,18 +9,27 @@ from ._dispatch import compute_dtype
 from ._linear_head import LinearHead, Logits
 from ._tiles import default_chunk_bytes, row_tiles
 from ._transform import Transform
-from .linear_token_logprobs import Lora, check_head_rows, is_exact, read_head, rows_where, scatter_rows
+from .linear_token_logprobs import (
+    EVERY,
+    EXACT,
+    Lora,
+    check_head_rows,
+    read_compaction,
+    read_head,
+    rows_where,
+    scatter_rows,
+)
 from .min_p import check_min_p, min_p_rows
 from .token_logprobs import check_targets
 
 
 def linear_min_p_unchecked(
-    head: LinearHead, targets: Tensor, min_p: float, transform: Transform, max_chunk_bytes: int | None, exact: bool,
+    head: LinearHead, targets: Tensor, min_p: float, transform: Transform, max_chunk_bytes: int | None, compaction: int,
     backend: str,
 ) -> Tensor:  # fmt: skip
     """linear_min_p_token_logprobs after its checks, flat [N]."""
     with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
-        rows = rows_where(targets != transform.ignore_index, exact)
+        rows, _ = rows_where(targets != transform.ignore_index, compaction)
         mine = targets if rows is None else targets[rows]
         budget = max_chunk_bytes or default_chunk_bytes(targets.device)
         logits = Logits(head, rows, row_tiles(mine.numel(), head.vocabulary, head.tile_bytes(), budget))
@@ -44,7 +53,7 @@ def linear_min_p_token_logprobs(
     ignore_index: int = -100,
     head_dtype: torch.dtype | None = None,
     max_chunk_bytes: int | None = None,
-    compaction: str = "auto",
+    compaction: str | int = "auto",
     validate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -68,7 +77,6 @@ def linear_min_p_token_logprobs(
     check_targets(targets, head.vocabulary, ignore_index, validate)
     transform = Transform.of(1.0, softcap, logit_scale, ignore_index)
     flat = targets.reshape(-1).contiguous()
-    out = linear_min_p_unchecked(
-        head, flat, min_p, transform, max_chunk_bytes, is_exact(compaction, hidden.device), backend
-    )
+    chosen = EXACT if read_compaction(compaction, hidden.device, backend) == EXACT else EVERY
+    out = linear_min_p_unchecked(head, flat, min_p, transform, max_chunk_bytes, chosen, backend)
     return out.view(targets.shape)

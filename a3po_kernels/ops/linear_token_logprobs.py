@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import INDEX_DTYPES, LOGIT_DTYPES, check_backend, check_tensor, check_transform
+from ._dispatch import INDEX_DTYPES, LOGIT_DTYPES, check_backend, check_tensor, check_transform, uses_triton
 from ._linear_head import LinearHead, Logits, head_gradients
 from ._tiles import column_tiles, default_chunk_bytes
 from ._transform import Transform
@@ -18,12 +18,21 @@ from .token_logprobs import TokenStats, check_targets, empty_results, fold_stati
 Lora = tuple[Tensor, Tensor, float]
 
 
-def rows_where(wanted: Tensor, exact: bool) -> Tensor | None:
-    """The numbers of the wanted rows, or None for all: on a GPU an exact count waits for the device."""
-    if not exact:
-        return None
-    index = wanted.nonzero()[:, 0]
-    return None if index.numel() == wanted.numel() else index
+EXACT, EVERY = -1, 0
+
+
+def rows_where(wanted: Tensor, compaction: int) -> tuple[Tensor | None, Tensor | None]:
+    """(numbers of the wanted rows, or None for all; whether there were more than fit, 0-d bool, or None if impossible).
+
+    compaction: EXACT (on a GPU it waits for the device), EVERY row, or a number of rows: that many, the wanted first.
+    """
+    if compaction == EVERY or compaction >= wanted.numel():
+        return None, None
+    if compaction == EXACT:
+        index = wanted.nonzero()[:, 0]
+        return None if index.numel() == wanted.numel() else index, None
+    order = torch.sort((~wanted).to(torch.int8), stable=True).indices
+    return order[:compaction], wanted.sum() > compaction
 
 
 def scatter_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
@@ -65,14 +74,17 @@ def _linear_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
     main_grad: Tensor | None, targets: Tensor, lora_scale: float, vocabulary: int, dtype: torch.dtype,
     weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float, logit_scale: float,
-    softcap: float, ignore_index: int, max_chunk_bytes: int, exact: bool, backend: str,
+    softcap: float, ignore_index: int, max_chunk_bytes: int, forward_rows: int, backward_rows: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logp, entropy, shift, log2_sum) [N] of hidden [N, H]."""
     head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
-    rows = rows_where(targets != ignore_index, exact)
+    rows, overflow = rows_where(targets != ignore_index, forward_rows)
     with torch.autocast(hidden.device.type, enabled=False):
-        return head_statistics(head, targets, transform, rows, max_chunk_bytes, backend)  # type: ignore[return-value]
+        results = head_statistics(head, targets, transform, rows, max_chunk_bytes, backend)
+    if overflow is not None:
+        results = tuple(result.masked_fill(overflow, torch.nan) for result in results)
+    return results  # type: ignore[return-value]
 
 
 @_linear_statistics.register_fake
@@ -86,7 +98,8 @@ def _linear_gradient(
     main_grad: Tensor | None, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
     grad_logp: Tensor | None, grad_entropy: Tensor | None, wanted: list[bool], lora_scale: float, vocabulary: int,
     dtype: torch.dtype, weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float,
-    logit_scale: float, softcap: float, ignore_index: int, max_chunk_bytes: int, exact: bool, backend: str,
+    logit_scale: float, softcap: float, ignore_index: int, max_chunk_bytes: int, forward_rows: int, backward_rows: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The wanted gradients of hidden, weight, bias, lora_a and lora_b, in their parameter's dtype; [0] if unwanted."""
     head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
@@ -95,11 +108,18 @@ def _linear_gradient(
     active = targets != ignore_index
     given = [gradient for gradient in (grad_logp, grad_entropy) if gradient is not None]
     active &= torch.stack([gradient != 0 for gradient in given]).any(0)
-    rows = rows_where(active, exact)
+    rows, overflow = rows_where(active, backward_rows)
+    # Rows that have no gradient but are multiplied all the same, whatever their hidden states hold.
+    idle = None if backward_rows == EXACT else active
     if rows is not None:
+        idle = None if idle is None else idle[rows]
         targets, shift, log_sum, entropy = targets[rows], shift[rows], log_sum[rows], entropy[rows]
         grad_logp, grad_entropy = _at(grad_logp, rows), _at(grad_entropy, rows)
         transform = transform.at(rows)
+    if overflow is not None:
+        # Rows were left out that have a gradient: NaN everywhere, not a sum that lacks them.
+        grad_logp = None if grad_logp is None else grad_logp.masked_fill(overflow, torch.nan)
+        grad_entropy = None if grad_entropy is None else grad_entropy.masked_fill(overflow, torch.nan)
     number = count if rows is None else rows.numel()
     tiles = column_tiles(number, vocabulary, head.tile_bytes(), max_chunk_bytes)
 
@@ -113,10 +133,13 @@ def _linear_gradient(
         logits = Logits(head, rows, tiles)
         gradients = head_gradients(
             head, logits, to_gradient, tuple(wanted), weight_dtype,
-            active=active if rows is None and not exact else None, main_grad=main_grad,
+            active=idle, main_grad=main_grad,
         )  # fmt: skip
     if gradients.hidden is not None:
-        gradients = gradients._replace(hidden=scatter_rows(gradients.hidden.to(hidden.dtype), rows, count))
+        d_hidden = scatter_rows(gradients.hidden.to(hidden.dtype), rows, count)
+        if overflow is not None:
+            d_hidden.masked_fill_(overflow, torch.nan)
+        gradients = gradients._replace(hidden=d_hidden)
     out = []
     for gradient, parameter in zip(gradients, head.parameters, strict=True):
         if gradient is None or parameter is None:
@@ -148,7 +171,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logp, grad_entropy, *_):
-    nothing = (None,) * 14
+    nothing = (None,) * 15
     wanted = list(ctx.needs_input_grad[:5])
     if not any(wanted) or (grad_logp is None and grad_entropy is None):
         return (None,) * 5 + nothing
@@ -243,24 +266,27 @@ def check_head_rows(
             raise TypeError(f"max_chunk_bytes must be an integer; got {type(max_chunk_bytes).__name__}")
         if max_chunk_bytes < 1:
             raise ValueError(f"max_chunk_bytes must be positive; got {max_chunk_bytes}")
-    if compaction not in ("auto", "exact", "none"):
-        raise ValueError(f"compaction must be 'auto', 'exact' or 'none'; got {compaction!r}")
+    capacity = isinstance(compaction, int) and not isinstance(compaction, bool) and compaction > 0
+    if not capacity and compaction not in ("auto", "exact", "none"):
+        raise ValueError(f"compaction must be 'auto', 'exact', 'none' or a positive number of rows; got {compaction!r}")
 
 
-def is_exact(compaction: str, device: torch.device) -> bool:
-    """Whether rows without work are left out: 'auto' does so on the CPU, where it takes no synchronisation."""
-    return compaction == "exact" or (compaction == "auto" and device.type == "cpu")
+def read_compaction(compaction: str | int, device: torch.device, backend: str) -> int:
+    """EXACT, EVERY or a number of rows; where counting takes no synchronisation a number is EXACT."""
+    if isinstance(compaction, int):
+        return compaction if device.type != "cpu" or uses_triton(backend, device) else EXACT
+    return EXACT if compaction == "exact" or (compaction == "auto" and device.type == "cpu") else EVERY
 
 
 def head_statistics_unchecked(
     head: LinearHead, targets: Tensor, transform: Transform, main_grad: Tensor | None, max_chunk_bytes: int | None,
-    exact: bool, backend: str,
+    forward_rows: int, backward_rows: int, backend: str,
 ) -> TokenStats:  # fmt: skip
     """linear_token_logprobs after its checks, flat [N]."""
     logp, entropy, _, _ = _linear_statistics(
         *head.parameters, main_grad, targets, head.lora_scale, head.vocabulary, head.dtype,
-        weight_gradient_dtype(head.weight), *transform, max_chunk_bytes or default_chunk_bytes(targets.device), exact,
-        backend,
+        weight_gradient_dtype(head.weight), *transform, max_chunk_bytes or default_chunk_bytes(targets.device),
+        forward_rows, backward_rows, backend,
     )  # fmt: skip
     return TokenStats(logp, entropy)
 
@@ -280,7 +306,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     head_dtype: torch.dtype | None = None,
     max_chunk_bytes: int | None = None,
-    compaction: str = "auto",
+    compaction: str | int = "auto",
     validate: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
@@ -306,7 +332,8 @@ def linear_token_logprobs(
             rows are cut as well.
         compaction: "exact" leaves out rows without a gradient (and masked ones), at the price on a GPU of one
             synchronisation forward and one backward; "none" computes every row; "auto" is "exact" on the CPU, else
-            "none".
+            "none". A number n lets backward multiply n rows, those with a gradient first, without a synchronisation;
+            if more have one, every gradient is NaN rather than wrong. On the CPU a number is "exact".
 
     Returns:
         TokenStats(logprobs, entropy), each [...], in fp32 (fp64 for an fp64 head).
@@ -319,8 +346,9 @@ def linear_token_logprobs(
         head, targets, tuple(hidden.shape[:-1]), temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
     check_targets(targets, head.vocabulary, ignore_index, validate)
+    backward_rows = read_compaction(compaction, hidden.device, backend)
     stats = head_statistics_unchecked(
         head, targets.reshape(-1).contiguous(), Transform.of(temperature, softcap, logit_scale, ignore_index),
-        main_grad, max_chunk_bytes, is_exact(compaction, hidden.device), backend,
+        main_grad, max_chunk_bytes, EXACT if backward_rows == EXACT else EVERY, backward_rows, backend,
     )  # fmt: skip
     return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))
