@@ -22,7 +22,7 @@ from .ops.linear_token_logprobs import (
     head_statistics_unchecked,
     read_compaction,
     read_head,
-    rows_where,
+    split_rows,
 )
 from .ops.surrogate import token_counts
 from .ops.token_logprobs import check_targets
@@ -185,7 +185,7 @@ def linear_policy_loss(
     if any(wanted) and route != "recompute" and chosen <= 0 and not torch.compiler.is_compiling():
         unit = "batch" if objective.low_probability is not None else reads
         mine = _spread(possible, batch, unit)
-        rows, _ = rows_where(mine, exact)
+        rows, rest = (None, None) if exact == EVERY else split_rows(mine, computed & ~mine)
         chunks = plan_chunks(
             head, batch.offsets, rows, unit, layout.shape[1] if layout.padded else None, max_bytes
         )  # fmt: skip
@@ -202,7 +202,6 @@ def linear_policy_loss(
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.
         weights = tokens.to(batch.advantages.dtype) if shaped is None else shaped.weights
         scale = scale_of if unit == "batch" and shaped is None else scale_of(weights)
-        rest = None if rows is None else computed & ~mine
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             found = one_pass(
                 head, objective, batch, computed_targets, transform, chunks, rest, shaped, scale, step, wanted,

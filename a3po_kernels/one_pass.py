@@ -86,7 +86,7 @@ def one_pass(
     rest: Tensor | None, shaped: ShapedTokens | None, scale: Tensor | Callable[[Tensor], Tensor], step: Value,
     wanted: tuple[bool, ...], max_bytes: int, backend: str,
 ) -> OnePass:  # fmt: skip
-    """Goes through the chunks, then takes the statistics of the `rest`, rows that have no gradient (None without any).
+    """Goes through the chunks, then takes the statistics of the rows `rest`, which have no gradient (None without any).
 
     shaped: the tokens' weights where they are known already. scale: loss_scale's [S]; where it depends on
     a selection that only the batch's one chunk can make, the function that gives it of the weights [N].
@@ -125,13 +125,12 @@ def one_pass(
     logp, entropy = (scatter_rows(result, rows, count) for result in results[:2])
     weights = scatter_rows(weights, rows, count)
     if rest is not None and isinstance(scale, Tensor):
-        other_targets = torch.where(rest, targets, transform.ignore_index)
-        found = head_statistics(head, other_targets, transform, rest.nonzero()[:, 0], max_bytes, backend)
-        others = TokenStats(*found[:2])
-        part = replace(batch, tokens=rest)
+        others = TokenStats(*head_statistics(head, targets, transform, rest, max_bytes, backend)[:2])
+        left = torch.zeros_like(batch.tokens).index_fill_(0, rest, True)
+        part = replace(batch, tokens=left)
         here = shape(objective, part, others, step, backend) if shaped is None else shaped
         sums.append(token_terms(objective, part, others, here, scale, backend).sums)
-        logp, entropy, weights = logp + others.logprobs, entropy + others.entropy, weights + here.weights * rest
+        logp, entropy, weights = logp + others.logprobs, entropy + others.entropy, weights + here.weights * left
     total = merge_sums(torch.stack(sums))
     full = ShapedTokens(weights, None, beta) if shaped is None else shaped
     return OnePass(total[0].clone(), TokenStats(logp, entropy), full, total, gradients)

@@ -35,6 +35,15 @@ def rows_where(wanted: Tensor, compaction: int) -> tuple[Tensor | None, Tensor |
     return order[:compaction], wanted.sum() > compaction
 
 
+def split_rows(first: Tensor, second: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The numbers of two disjoint sets of rows, with one synchronisation: (None for all rows, None for no row)."""
+    order = torch.sort(torch.where(first, 0, torch.where(second, 1, 2)).to(torch.int8), stable=True).indices
+    mine, others = torch.stack([first.sum(), second.sum()]).tolist()
+    if mine == order.numel():
+        return None, None
+    return order[:mine], order[mine : mine + others] if others else None
+
+
 def scatter_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
     """Values of some rows among `count`, the others 0."""
     if rows is None:
