@@ -25,7 +25,7 @@ INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpre
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench clean distclean
+.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench bench-trl clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,10 @@ test-triton36: .venv-triton36/.stamp  ## the kernels in the interpreter of Trito
 
 bench: env  ## time and peak memory against plain PyTorch, on the CPU
 	PYTHONPATH=. $(VENV)/bin/python bench/cpu_logits.py
+	PYTHONPATH=. $(VENV)/bin/python bench/cpu_linear.py
+
+bench-trl: .venv-trl/.stamp  ## the linear head beside TRL's, in .venv-trl
+	PYTHONPATH=. .venv-trl/bin/python bench/cpu_linear.py
 
 clean:  ## remove what tests and builds leave
 	rm -rf build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -4,7 +4,8 @@ python bench/cpu_linear.py [--rows 1024] [--vocabulary 32000] [--width 512] [--t
 
 All providers take turns within one run, and the ratio is the median of the paired ratios. "20 % active": a fifth of the
 rollouts have an advantage, the others 0. Peaks are of a process each, above its inputs. TRL's head runs where trl is
-installed, and takes the log-probs from the hidden states alone: the loss after it is the plain formula's.
+installed, and takes the log-probs from the hidden states alone: the loss after it is the plain formula's. "TRL / it" is
+against its faster tile.
 """
 
 from __future__ import annotations
@@ -45,17 +46,21 @@ def eager(hidden, weight, targets, advantages, old):
     return loss.detach(), entropy
 
 
-def trl_head(hidden, weight, targets, advantages, old):
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+def trl_head(columns: int):
+    """TRL's head with tiles of so many columns; its trainer takes 32768, and on this CPU 8192 are faster."""
 
-    flat = hidden.flatten(0, 1)
-    # 32768 columns, 4096 rows: the trainer's own tile.
-    logp, entropy, *_ = ChunkedLogProbFunction.apply(
-        flat, weight, None, targets.flatten(), 1.0, 32768, None, 1.0, ("entropy",)
-    )
-    loss = dapo_loss(logp.view(targets.shape), advantages, old)
-    loss.backward()
-    return loss.detach(), entropy.detach().mean()
+    def go(hidden, weight, targets, advantages, old):
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        flat = hidden.flatten(0, 1)
+        logp, entropy, *_ = ChunkedLogProbFunction.apply(
+            flat, weight, None, targets.flatten(), 1.0, columns, None, 1.0, ("entropy",)
+        )
+        loss = dapo_loss(logp.view(targets.shape), advantages, old)
+        loss.backward()
+        return loss.detach(), entropy.detach().mean()
+
+    return go
 
 
 def ours(**options):
@@ -82,8 +87,10 @@ def providers(arguments: argparse.Namespace) -> dict:
     }
     try:
         importlib.metadata.version("trl")
-        found["TRL"] = (trl_head, False)
-        found["TRL 20 % active"] = (trl_head, True)
+        found["TRL, its trainer's tile"] = (trl_head(32768), False)
+        found["TRL, its trainer's tile, 20 % active"] = (trl_head(32768), True)
+        found["TRL"] = (trl_head(8192), False)
+        found["TRL 20 % active"] = (trl_head(8192), True)
     except importlib.metadata.PackageNotFoundError:
         print("TRL: skipped, trl is not installed here", file=sys.stderr)
     return found

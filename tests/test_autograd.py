@@ -8,6 +8,7 @@ from batches import INTERPRETED, random_batch, run
 from torch.utils.checkpoint import checkpoint
 
 import a3po_kernels
+from a3po_kernels.ops import linear_token_logprobs as linear
 from a3po_kernels.ops import min_p, select_tokens, surrogate, token_logprobs
 
 
@@ -144,10 +145,21 @@ def test_opcheck(backend, device):
     torch.library.opcheck(
         surrogate._policy_terms,
         (
-            logp, entropy, ones > 0, ones, ones, ones, None, None, None, None, None, None, offsets, None, None, 0.0,
-            "token-mean", False, "clip", False, "k3", numbers, backend,
+            logp, entropy, ones > 0, ones, ones, ones, None, None, None, None, None, None, offsets, ones[:2] / 10,
+            "clip", False, "k3", numbers, backend,
         ),
     )  # fmt: skip
+    hidden, weight = torch.randn(10, 4, device=device), torch.randn(9, 4, device=device)
+    lora = (torch.randn(2, 4, device=device), torch.randn(9, 2, device=device))
+    leaves = [x.requires_grad_() for x in (hidden, weight, torch.randn(9, device=device), *lora)]
+    targets = flat % 8
+    options = (0.5, 8, torch.float32, torch.float32, None, 0.7, 1.0, 5.0, -100, 200, -1, -1, backend)
+    torch.library.opcheck(linear._linear_statistics, (*leaves, None, targets, *options))
+    with torch.no_grad():
+        stats = linear._linear_statistics(*leaves, None, targets, *options)
+        gradient = (targets, stats[2], stats[3], stats[1], ones, None, [True] * 5, *options)
+        torch.library.opcheck(linear._linear_gradient, (*leaves, None, *gradient))
+        torch.library.opcheck(linear._linear_gradient, (*leaves, torch.zeros(9, 4, device=device), *gradient))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -1,4 +1,4 @@
-"""The rule that merges the softmax statistics of parts of a vocabulary: associative, and the whole's when all are in."""
+"""The rule that merges the softmax statistics of parts of a vocabulary: associative, and it gives the whole."""
 
 from __future__ import annotations
 
