@@ -86,7 +86,7 @@ bench: env  ## time and peak memory against plain PyTorch, on the CPU
 	PYTHONPATH=. $(VENV)/bin/python bench/cpu_linear.py
 
 bench-trl: .venv-trl/.stamp  ## the linear head beside TRL's, in .venv-trl
-	PYTHONPATH=. .venv-trl/bin/python bench/cpu_linear.py
+	PYTHONPATH=. .venv-trl/bin/python bench/cpu_linear.py --output bench/results/cpu/linear.jsonl
 
 clean:  ## remove what tests and builds leave
 	rm -rf build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
