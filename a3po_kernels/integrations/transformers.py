@@ -1,0 +1,187 @@
+"""Policy losses of transformers causal LMs: the model runs as it is, and its head computes the loss, not logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..linear_losses import linear_policy_loss
+from ..objectives import Objective
+from ..ops.linear_min_p import linear_min_p_token_logprobs
+from ..ops.linear_token_logprobs import linear_token_logprobs
+from ..ops.token_logprobs import TokenStats
+from ..token_stages import PolicyLossOutput
+from ._lm_head import head_keywords, head_module, swap_head, unwrap
+
+__all__ = [
+    "check_head",
+    "head_keywords",
+    "min_p_logprobs_from_model",
+    "policy_loss_from_model",
+    "swap_head",
+    "token_logprobs_from_model",
+]
+
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "polarity", "old_entropy", "min_p_logprobs", "importance_weights")
+OWN = ("input_ids", "attention_mask", "completion_mask", "advantages", *PER_TOKEN)
+
+
+def _completions(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """targets [B, T] and mask [B, T] bool of the last T columns, checked."""
+    for name in ("input_ids", "completion_mask"):
+        if not isinstance(batch.get(name), Tensor):
+            raise TypeError(f"batch[{name!r}] must be a tensor; got {type(batch.get(name)).__name__}")
+    ids, mask = batch["input_ids"], batch["completion_mask"]
+    if ids.ndim != 2:
+        raise ValueError(f"batch['input_ids'] must have shape [B, L]; got {list(ids.shape)}")
+    length = mask.shape[-1] if mask.ndim == 2 else -1
+    if mask.shape[:1] != ids.shape[:1] or not 1 <= length < ids.shape[1]:
+        raise ValueError(
+            f"batch['completion_mask'] must have shape [{ids.shape[0]}, T] with 1 <= T < {ids.shape[1]}: it marks the "
+            f"last T columns of input_ids, and the first column has nothing before it; got {list(mask.shape)}"
+        )
+    return ids[:, -length:], mask.bool()
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any], length: int, compute) -> tuple[Any, Any]:
+    """(what compute(hidden [B, T, H], **head) gives on the rows that predict the last `length` tokens, the output)."""
+    inputs = {name: value for name, value in batch.items() if name not in OWN}
+    inputs["input_ids"] = batch["input_ids"]
+    if batch.get("attention_mask") is not None:
+        inputs["attention_mask"] = batch["attention_mask"]
+    signature = inspect.signature(getattr(unwrap(model), "get_base_model", lambda: unwrap(model))().forward).parameters
+    if "logits_to_keep" in signature:
+        inputs.setdefault("logits_to_keep", length + 1)
+    inputs.setdefault("use_cache", False)
+    columns = batch["input_ids"].shape[1]
+
+    def on_completions(hidden: Tensor, **head):
+        if hidden.shape[1] not in (length + 1, columns):
+            raise ValueError(
+                f"the head got {hidden.shape[1]} positions for {columns} tokens: prompt-learning adapters and models "
+                "that change the length are not supported"
+            )
+        return compute(hidden[:, -length - 1 : -1], **head)
+
+    with swap_head(model, on_completions) as results:
+        output = model(**inputs)
+    if len(results) != 1:
+        raise RuntimeError(f"the model called its head {len(results)} times in one forward; once is supported")
+    return results[0], output
+
+
+def policy_loss_from_model(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    objective: Objective,
+    *,
+    aux_loss_coef: float | None = None,
+    **options: Any,
+) -> PolicyLossOutput:
+    """linear_policy_loss of a causal LM's responses: one forward of the model, and no logits.
+
+    The head's weight, bias, LoRA adapter, softcap and logit scale are the model's own. The model may be tied, have PEFT
+    adapters, checkpoint its gradients, and be wrapped in DistributedDataParallel, FSDP2 or torch.compile.
+
+    Args:
+        model: a transformers causal LM.
+        batch: input_ids [B, L]; attention_mask [B, L], if any; completion_mask [B, T], bool or 0/1: which of the last T
+            columns of input_ids are tokens of the response; advantages [B] or [B, T]; and, where the objective wants
+            them, old_logprobs, ref_logprobs, old_entropy, min_p_logprobs [B, T], polarity and importance_weights
+            [B] or [B, T]. Every other entry goes to the model as it is.
+        objective: from a preset (a3po(), dapo(), ...) or composed.
+        aux_loss_coef: of a mixture-of-experts' load-balancing loss, which is added where the model gives one (pass
+            output_router_logits=True in batch); by default the config's router_aux_loss_coef.
+        options: keywords of linear_policy_loss that are not the head's: step, temperature, denominator, route, ...
+
+    Returns:
+        PolicyLossOutput; logprobs, entropy and weights are [B, T]. metrics["aux_loss"] is there if it was added.
+
+    Raises:
+        TypeError, ValueError: for a head that cannot be read (see swap_head), and as linear_policy_loss does.
+    """
+    targets, mask = _completions(batch)
+    given = {name: batch[name] for name in PER_TOKEN if batch.get(name) is not None}
+
+    def compute(hidden: Tensor, **head) -> PolicyLossOutput:
+        device = hidden.device
+        tensors = {name: value.to(device) for name, value in given.items()}
+        return linear_policy_loss(
+            hidden, targets=targets.to(device), advantages=batch["advantages"].to(device), mask=mask.to(device),
+            objective=objective, **tensors, **head, **options,
+        )  # fmt: skip
+
+    result, output = _run(model, batch, targets.shape[1], compute)
+    aux_loss = getattr(output, "aux_loss", None)
+    if aux_loss is None:
+        return result
+    if aux_loss_coef is None:
+        aux_loss_coef = getattr(unwrap(model).config.get_text_config(), "router_aux_loss_coef", 0.0)
+    total = result.loss + aux_loss_coef * aux_loss.to(result.loss.device)
+    return result._replace(loss=total, metrics={**result.metrics, "aux_loss": aux_loss.detach()})
+
+
+def token_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> TokenStats:
+    """linear_token_logprobs of a causal LM's responses, for old and reference log-probs: TokenStats, each [B, T].
+
+    batch: input_ids, attention_mask, completion_mask as in policy_loss_from_model; rows that the mask leaves out are 0.
+    options: keywords of linear_token_logprobs that are not the head's.
+    """
+    targets, mask = _completions(batch)
+    masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
+
+    def compute(hidden: Tensor, **head) -> TokenStats:
+        return linear_token_logprobs(hidden, targets=masked.to(hidden.device), **head, **options)
+
+    return _run(model, batch, targets.shape[1], compute)[0]
+
+
+def min_p_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], min_p: float, **options: Any) -> Tensor:
+    """linear_min_p_token_logprobs of a causal LM's responses, Lp-Reg's proxy under the old policy: [B, T]."""
+    targets, mask = _completions(batch)
+    masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
+
+    def compute(hidden: Tensor, **head) -> Tensor:
+        return linear_min_p_token_logprobs(hidden, targets=masked.to(hidden.device), min_p=min_p, **head, **options)
+
+    return _run(model, batch, targets.shape[1], compute)[0]
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Raises ValueError unless the head as it is read from the config gives the model's own logits, on two tokens.
+
+    A model may transform its logits by a rule that its config spells in a way this package does not know. Runs the
+    model's forward in the mode it is in; call it before the model is wrapped.
+    """
+    head = head_keywords(model)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=head["weight"].device)
+    entering: list[Tensor] = []
+    handle = head_module(model).register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    training = model.training
+    try:
+        logits = model.eval()(input_ids=ids, use_cache=False).logits.double()
+    finally:
+        model.train(training)
+        handle.remove()
+    hidden, weight = entering[0].double(), head["weight"].double()
+    raw = hidden @ weight.t()
+    if head["lora"] is not None:
+        a, b, scale = head["lora"]
+        raw = raw + scale * (hidden @ a.double().t()) @ b.double().t()
+    raw = head["logit_scale"] * (raw if head["bias"] is None else raw + head["bias"].double())
+    ours = raw if head["softcap"] is None else head["softcap"] * torch.tanh(raw / head["softcap"])
+    # Products of H terms are rounded to the model's dtype, hidden states under autocast to bf16.
+    coarse = max(torch.finfo(dtype).eps for dtype in (head["weight"].dtype, entering[0].dtype, torch.float32))
+    size = (hidden.abs() @ weight.abs().t()).max() * abs(head["logit_scale"])
+    error = (logits - ours).abs().max()
+    if not error <= 4 * coarse * size:
+        raise ValueError(
+            f"the logits of {type(unwrap(model)).__name__} differ by {error.item():.3g} from its head's product with "
+            f"softcap = {head['softcap']} and logit_scale = {head['logit_scale']}, which its config gives: the model "
+            "transforms its logits in a way that is not supported"
+        )
