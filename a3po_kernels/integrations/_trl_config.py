@@ -1,0 +1,141 @@
+"""A3POConfig: TRL's GRPOConfig with an objective of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from ..objectives import Cispo, Clip, Objective
+from ._presets import PRESETS, build_objective
+
+# Field of the configuration -> keyword of the presets.
+KEYWORDS = {
+    "rho": "rho",
+    "alpha": "alpha",
+    "token_ratio": "ratio",
+    "selection_metric": "metric",
+    "selection_source": "source",
+    "selection_rounding": "rounding",
+    "normalize_over": "normalize_over",
+    "positive_weight": "positive_weight",
+    "negative_weight": "negative_weight",
+    "low_probability_quantile": "quantile",
+    "low_probability_min_p": "min_p",
+    "low_probability_beta": "beta",
+    "dual_clip": "dual_clip",
+    "kl_estimator": "kl_estimator",
+    "aggregation": "aggregation",
+    "epsilon": "epsilon_low",
+    "epsilon_high": "epsilon_high",
+    "delta": "delta",
+}
+
+
+def _option(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class A3POConfig(GRPOConfig):
+    """GRPOConfig in which `objective` takes the place of `loss_type`; its other fields mean what they mean in TRL.
+
+    A field of an objective that is None keeps the preset's default, and one that the objective does not take raises
+    ValueError. `beta` is the KL coefficient, as in TRL; A3PO's own beta(step) comes from `rho` and `alpha`.
+    `entropy_coef` weighs the entropy of each token, aggregated as the policy term is (TRL: the mean over a
+    micro-batch's tokens, whatever the aggregation).
+
+    Refused with a ValueError: loss_type, top_entropy_quantile (objective="fork_tokens" selects exactly),
+    use_adaptive_entropy, off_policy_mask_threshold, use_bias_correction_kl.
+    """
+
+    objective: str = _option(
+        f"What is optimised: {', '.join(PRESETS)}; in Python also an a3po_kernels.Objective.", "a3po"
+    )
+    rho: float | None = _option("a3po: scale of the selected tokens at step 0, beta(step) = max(1, rho - alpha * step).")
+    alpha: float | None = _option("a3po: what that scale loses per optimizer step.")
+    token_ratio: float | None = _option("a3po, fork_tokens: share of the tokens that is selected, in (0, 1].")
+    selection_metric: str | None = _option("a3po: 'probability' or 'entropy'.")
+    selection_source: str | None = _option("a3po: select by the 'old' or by the 'current' policy.")
+    selection_rounding: str | None = _option("fork_tokens: 'floor' or, as in its released code, 'ceil'.")
+    normalize_over: str | None = _option("fork_tokens: divide by the 'selected' tokens or by 'all'.")
+    positive_weight: float | None = _option("w_reinforce: weight of positive rollouts.")
+    negative_weight: float | None = _option("w_reinforce: weight of negative rollouts.")
+    low_probability_quantile: float | None = _option("lp_reg: share of the negative tokens that are candidates.")
+    low_probability_min_p: float | None = _option("lp_reg: kappa of the min-p proxy.")
+    low_probability_beta: float | None = _option("lp_reg: coefficient of its regulariser.")
+    dual_clip: float | None = _option("Dual clip c > 1: where A < 0, the loss is at most -A * c. Off if None.")
+    kl_estimator: str | None = _option("'k1', 'k2' or 'k3' (TRL's) estimator of the KL term.")
+    aggregation: str | None = _option(
+        "'token-mean' (over all tokens of an optimizer step), 'seq-mean-token-mean', 'seq-mean-token-sum' or "
+        "'seq-mean-token-sum-norm' (divided by max_completion_length)."
+    )
+    epsilon: float | None = _option("Clipping bound; alone it sets both, as in TRL. None: the objective's own bounds.")
+    head_route: str = _option("linear_policy_loss's route: 'auto', 'one-pass' or 'recompute'.", "auto")
+    head_compaction: str = _option(
+        "'exact' leaves rows without a gradient out of the head's products; 'none' computes every row.", "exact"
+    )
+    head_statistics: str = _option("'all', or 'active': skip the statistics of tokens that cannot have a gradient.", "all")
+    head_chunk_bytes: int | None = _option("Budget of the tile of logits that exists at a time.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        refused = {
+            "loss_type": "the objective sets the loss: give objective= and aggregation= instead",
+            "top_entropy_quantile": "objective='fork_tokens' with token_ratio selects by entropy",
+            "use_adaptive_entropy": "only a constant entropy_coef is supported",
+            "off_policy_mask_threshold": "masking rollouts by their KL is not supported",
+            "use_bias_correction_kl": "the KL term is not weighed by the ratio here",
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, reason in refused.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is not supported by A3POConfig: {reason}")
+        objective = self.build_objective()
+        if self.beta != objective.kl_coef:
+            if self.beta:
+                raise ValueError(f"beta = {self.beta} and the objective's kl_coef = {objective.kl_coef} differ")
+            # TRL loads a reference model for this.
+            self.beta = objective.kl_coef
+
+    def build_objective(self) -> Objective:
+        """The objective that the fields describe."""
+        options = {keyword: getattr(self, name) for name, keyword in KEYWORDS.items()}
+        given = [name for name, keyword in KEYWORDS.items() if options[keyword] is not None]
+        if isinstance(self.objective, Objective):
+            given += [name for name in ("entropy_coef",) if getattr(self, name)]
+            if self.importance_sampling_level != "token":
+                given.append("importance_sampling_level")
+            if given:
+                raise ValueError(f"{given[0]} is a field of the presets; set it on the Objective that was given instead")
+            return self.objective
+        if self.epsilon is not None and self.epsilon_high is None and self.objective != "cispo":
+            options["epsilon_high"] = self.epsilon
+        if self.objective == "sapo":
+            options.update(tau_positive=self.sapo_temperature_pos, tau_negative=self.sapo_temperature_neg)
+        if self.importance_sampling_level != "token":
+            options["ratio_level"] = self.importance_sampling_level
+        if self.objective in PRESETS:
+            # CISPO and SAPO have them too, at 0 unless given.
+            options.update({k: v for k, v in {"kl_coef": self.beta, "entropy_coef": self.entropy_coef}.items() if v})
+        return build_objective(self.objective, options, {keyword: name for name, keyword in KEYWORDS.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments.to_dict, with an Objective spelled out for trackers and checkpoints."""
+        fields = super().to_dict()
+        if isinstance(self.objective, Objective):
+            fields["objective"] = str(self.objective)
+        return fields
+
+
+def ratio_bounds(objective: Objective) -> tuple[float, float]:
+    """(low, high) outside of which a ratio counts as clipped; without a bound -inf and inf."""
+    surrogate = objective.surrogate
+    if isinstance(surrogate, Clip):
+        return 1.0 - surrogate.epsilon_low, 1.0 + surrogate.epsilon_high
+    if isinstance(surrogate, Cispo):
+        low = float("-inf") if surrogate.epsilon_low is None else 1.0 - surrogate.epsilon_low
+        return low, surrogate.epsilon_high
+    return float("-inf"), float("inf")

@@ -1,0 +1,252 @@
+"""A3POTrainer: TRL's GRPOTrainer whose loss, from the hidden states on, is linear_policy_loss (TRL >= 1.16)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from ..objectives import Cispo, Clip, Objective, PolarityWeights
+from ..token_stages import PolicyLossOutput
+from ._trl_config import A3POConfig, ratio_bounds
+from .transformers import check_head, min_p_logprobs_from_model, policy_loss_from_model, token_logprobs_from_model
+
+__all__ = ["A3POConfig", "A3POTrainer"]
+
+
+def _kept_tokens(objective: Objective, positive: Tensor, negative: Tensor, zero: Tensor) -> Tensor:
+    """How many tokens the objective keeps of so many by polarity, but for the rounding of its selections."""
+    kept = {1: positive, -1: negative, 0: zero}
+    for rule in objective.shaping:
+        if isinstance(rule, PolarityWeights):
+            weights = {1: rule.positive, -1: rule.negative, 0: rule.zero}
+            kept = {sign: count * (weights[sign] != 0) for sign, count in kept.items()}
+        elif rule.rest_scale == 0:
+            kept = {s: c * rule.ratio if rule.polarity in (None, s) else c for s, c in kept.items()}
+    return kept[1] + kept[-1] + kept[0]
+
+
+class A3POTrainer(GRPOTrainer):
+    """GRPOTrainer with the objectives of this package; the constructor and everything else is TRL's.
+
+    The loss is computed from the hidden states by linear_policy_loss with the model's own head (bias, LoRA, softcap and
+    logit scale): no logits are formed, and old and reference log-probs come from the same kernels. With
+    objective="grpo" or "dapo" and TRL's bounds, loss and gradients are those of GRPOTrainer up to rounding.
+
+    Divisors are TRL's: token-mean divides by the tokens of the whole optimizer step over all processes (the tokens the
+    objective keeps, for psr, nsr and fork_tokens), the others by rollouts, accumulation included. The step that drives
+    schedules is the trainer's global_step, which checkpoints save and restore.
+
+    Metrics are TRL's (entropy, kl, clip_ratio/*, cispo_clip_ratio, aux_loss, ...) and entropy/positive,
+    entropy/negative, selected_fraction/positive, selected_fraction/negative, active_fraction, weight_beta.
+
+    Raises:
+        TypeError, ValueError: at construction, for arguments that are no A3POConfig, vision-language models, DeepSpeed
+            ZeRO-3, FSDP1, and heads that cannot be read (see integrations.transformers).
+    """
+
+    _tag_names = ["trl", "a3po"]  # noqa: RUF012 (TRL's attribute)
+    _name = "A3PO"
+    _paper = {  # noqa: RUF012
+        "title": "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards",
+        "id": "2512.21625",
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: A3POConfig | None = None, *rest: Any, **options: Any):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+            args = A3POConfig(f"{name.split('/')[-1]}-A3PO")
+        if not isinstance(args, A3POConfig):
+            raise TypeError(f"args must be an A3POConfig; got {type(args).__name__}")
+        if getattr(args.deepspeed_plugin, "zero_stage", 0) == 3:
+            raise ValueError("DeepSpeed ZeRO-3 is not supported by A3POTrainer: use FSDP2 or ZeRO-1/2")
+        super().__init__(model, reward_funcs, args, *rest, **options)
+        if self._is_vlm:
+            raise ValueError("vision-language models are not supported by A3POTrainer")
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+            raise ValueError("FSDP1 is not supported by A3POTrainer: set fsdp_version to 2")
+        self.policy_objective = args.build_objective()
+        if not self.is_fsdp_enabled:
+            check_head(self.model)
+
+    # -- statistics of the old and the reference policy ---------------------------------------------------------------
+
+    def _head_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "max_chunk_bytes": self.args.head_chunk_bytes,
+            "compaction": self.args.head_compaction,
+        }
+        if self.args.cast_lm_head_to_fp32:
+            options["head_dtype"] = torch.float32
+        return options
+
+    def _in_batches(self, function: Any, model: Any, batch: Mapping[str, Tensor], size: int | None, **options: Any):
+        """function's results for slices of the batch."""
+        rollouts = len(batch["input_ids"])
+        results = []
+        for start in range(0, rollouts, size or rollouts):
+            part = {name: values[start : start + (size or rollouts)] for name, values in batch.items()}
+            with self.accelerator.autocast():
+                results.append(function(model, part, **options, **self._head_options()))
+        return results
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **unused
+    ):
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "completion_mask": attention_mask[:, -logits_to_keep:],
+        }
+        stats = self._in_batches(token_logprobs_from_model, model, batch, batch_size)
+        entropies = torch.cat([s.entropy for s in stats]) if compute_entropy else None
+        return torch.cat([s.logprobs for s in stats]), entropies, None
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        objective = self.policy_objective
+        mask = self._token_mask(output)
+        if objective.normalize_over == "selected":
+            advantages = output["advantages"].reshape(len(mask), -1)
+            counts = [(mask * condition).sum() for condition in (advantages > 0, advantages < 0, advantages == 0)]
+            totals = self.accelerator.gather(torch.stack(counts).unsqueeze(0)).sum(0)
+            output["num_kept_in_batch"] = _kept_tokens(objective, *totals.float())
+        if "old_per_token_logps" in output:
+            self._add_old_statistics(output)
+        return output
+
+    @torch.no_grad()
+    def _add_old_statistics(self, output: dict[str, Any]) -> None:
+        """What some objectives want of the policy that sampled, once it is no longer the current one."""
+        objective = self.policy_objective
+        wants_entropy = any(
+            getattr(rule, "metric", "") == "entropy" and rule.source == "old" for rule in objective.shaping
+        )
+        if not wants_entropy and objective.low_probability is None:
+            return
+        batch = self._model_batch(output)
+        size = self.args.per_device_train_batch_size
+        if wants_entropy:
+            stats = self._in_batches(token_logprobs_from_model, self.model, batch, size)
+            output["old_entropy"] = torch.cat([s.entropy for s in stats])
+        if objective.low_probability is not None:
+            kappa = objective.low_probability.min_p
+            proxies = self._in_batches(min_p_logprobs_from_model, self.model, batch, size, min_p=kappa)
+            output["min_p_logprobs"] = torch.cat(proxies)
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _token_mask(inputs: Mapping[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"]
+        return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+    def _model_batch(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            "completion_mask": self._token_mask(inputs),
+        }
+
+    def _denominator(self, inputs: Mapping[str, Any], training: bool) -> Tensor | float:
+        """What TRL divides by: one accumulation window's tokens over all processes, or this batch's rollouts."""
+        objective = self.policy_objective
+        windows = self.current_gradient_accumulation_steps if training else 1
+        if objective.aggregation == "token-mean":
+            kept = objective.normalize_over == "selected"
+            tokens = inputs["num_kept_in_batch" if kept else "num_items_in_batch"]
+            share = tokens.clamp(min=1.0) / self.accelerator.num_processes
+            return share * windows / self.args.steps_per_generation if training else share
+        rollouts = float(len(inputs["completion_ids"]) * windows)
+        return rollouts * self.max_completion_length if objective.aggregation.endswith("-norm") else rollouts
+
+    def _compute_loss(self, model, inputs):
+        training = self.model.training
+        batch = self._model_batch(inputs)
+        batch["advantages"] = inputs["advantages"]
+        for name, key in (
+            ("old_logprobs", "old_per_token_logps"), ("ref_logprobs", "ref_per_token_logps"),
+            ("old_entropy", "old_entropy"), ("min_p_logprobs", "min_p_logprobs"),
+        ):  # fmt: skip
+            if inputs.get(key) is not None:
+                batch[name] = inputs[key]
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            ratio = inputs["importance_sampling_ratio"]
+            batch["importance_weights"] = ratio.squeeze(1) if ratio.shape[1] == 1 else ratio
+        windows = self.current_gradient_accumulation_steps if training else 1
+        if self.aux_loss_enabled:
+            batch["output_router_logits"] = True
+        with self.accelerator.autocast():
+            out = policy_loss_from_model(
+                model, batch, self.policy_objective, step=self.state.global_step,
+                denominator=self._denominator(inputs, training), route=self.args.head_route,
+                statistics=self.args.head_statistics, **self._head_options(),
+                aux_loss_coef=self.router_aux_loss_coef / windows if self.aux_loss_enabled else 0.0,
+            )  # fmt: skip
+        self._log_policy("train" if training else "eval", inputs, batch, out)
+        return out.loss
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _log_policy(
+        self, mode: str, inputs: Mapping[str, Any], batch: Mapping[str, Tensor], out: PolicyLossOutput
+    ) -> None:
+        """Appends TRL's metrics and ours; means are over the tokens of all processes."""
+        objective, metrics = self.policy_objective, self._metrics[mode]
+        mask = batch["completion_mask"].to(out.entropy.dtype)
+        advantages = inputs["advantages"].reshape(len(mask), -1).expand_as(mask)
+        positive, negative = mask * (advantages > 0), mask * (advantages < 0)
+        means: dict[str, tuple[Tensor, Tensor]] = {
+            "entropy": (out.entropy * mask, mask),
+            "entropy/positive": (out.entropy * positive, positive),
+            "entropy/negative": (out.entropy * negative, negative),
+            "selected_fraction/positive": (out.metrics["selected_fraction_positive"] * positive.sum(), positive),
+            "selected_fraction/negative": (out.metrics["selected_fraction_negative"] * negative.sum(), negative),
+            "active_fraction": (out.metrics["active_fraction"] * mask.sum(), mask),
+        }
+        if "ref_logprobs" in batch:
+            gap = (batch["ref_logprobs"] - out.logprobs) * mask
+            means["kl"] = (gap.exp() - gap - 1.0, mask)
+        low, high = self._clipped(batch, out, mask, advantages)
+        # One ratio a rollout is one value a rollout, as in TRL.
+        weight = mask if low.shape[1] > 1 else torch.ones_like(low)
+        if isinstance(objective.surrogate, Clip):
+            means["clip_ratio/low_mean"] = (low * weight, weight)
+            means["clip_ratio/high_mean"] = (high * weight, weight)
+            means["clip_ratio/region_mean"] = ((low + high) * weight, weight)
+        elif isinstance(objective.surrogate, Cispo):
+            means["cispo_clip_ratio"] = (high * weight, weight)
+        sums = torch.stack([torch.stack([values.sum(), count.sum()]) for values, count in means.values()])
+        for name, (total, count) in zip(means, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True):
+            metrics[name].append(total / count if count else float("nan"))
+        metrics["weight_beta"].append(out.metrics["weight"].item())
+        if isinstance(objective.surrogate, Clip):
+            per_rollout = torch.stack([(x * weight).sum(-1) / weight.sum(-1) for x in (low, high)], dim=-1)
+            lows, highs = self.accelerator.gather(per_rollout).unbind(-1)
+            metrics["clip_ratio/low_min"].append(lows[~lows.isnan()].min().item() if (~lows.isnan()).any() else float("nan"))
+            metrics["clip_ratio/high_max"].append(
+                highs[~highs.isnan()].max().item() if (~highs.isnan()).any() else float("nan")
+            )
+        if "aux_loss" in out.metrics:
+            aux_loss = self.accelerator.gather_for_metrics(out.metrics["aux_loss"])
+            metrics["aux_loss"].append(aux_loss.mean().item())
+        if objective.entropy_coef and mode == "train" and self.accelerator.sync_gradients:
+            metrics["entropy_coef"].append(objective.entropy_coef)
+
+    def _clipped(
+        self, batch: Mapping[str, Tensor], out: PolicyLossOutput, mask: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """1 where the lower or the upper bound clips, [B, T], or [B, 1] for a ratio per rollout."""
+        objective = self.policy_objective
+        gap = (out.logprobs - batch.get("old_logprobs", out.logprobs)) * mask
+        if objective.ratio_level == "sequence":
+            gap = gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+            advantages = advantages[:, :1]
+        ratio = gap.exp()
+        lowest, highest = ratio_bounds(objective)
+        return ((ratio < lowest) & (advantages < 0)).float(), ((ratio > highest) & (advantages > 0)).float()
