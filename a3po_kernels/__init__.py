@@ -1,6 +1,7 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
 from .linear_losses import LinearPolicyLoss, linear_policy_loss
+from .logprob_losses import logprob_policy_loss
 from .losses import PolicyLoss, policy_loss
 from .memory import estimate_memory
 from .objectives import (
@@ -65,6 +66,7 @@ __all__ = [
     "linear_min_p_token_logprobs",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "logprob_policy_loss",
     "lp_reg",
     "min_p_token_logprobs",
     "nsr",

@@ -1,0 +1,221 @@
+"""verl 0.9: this package's objectives as policy losses, and its head in place of verl's linear_cross_entropy.
+
+Loading it through verl's hook for external modules registers every preset and puts the head in place:
+
+    VERL_USE_EXTERNAL_MODULES=a3po_kernels.integrations.verl python -m verl.trainer.main_ppo \\
+        actor_rollout_ref.actor.policy_loss.loss_mode=a3po actor_rollout_ref.model.use_fused_kernels=True ...
+
+A preset whose name verl has taken (gspo, cispo, sapo) is registered as a3po_gspo and so on; verl's stay as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+from verl.utils.kernel import linear_cross_entropy as verl_head
+
+from ..logprob_losses import logprob_policy_loss
+from ..objectives import Cispo, Clip, Objective, Sapo, TokenRule
+from ..ops.linear_token_logprobs import linear_token_logprobs
+from ._presets import PRESETS
+
+__all__ = ["install_head", "linear_cross_entropy", "register_objective", "set_step", "training_step"]
+
+_AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+class _Steps:
+    """The training step of the schedules: optimizer steps that followed a policy loss with a gradient."""
+
+    def __init__(self, first: int):
+        self.step, self.pending = first, False
+        register_optimizer_step_post_hook(self._after_optimizer_step)
+
+    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.step, self.pending = self.step + self.pending, False
+
+
+_steps = _Steps(int(os.environ.get("A3PO_INITIAL_STEP", "0")))
+
+
+def training_step() -> int:
+    """The step at which schedules stand in this process."""
+    return _steps.step
+
+
+def set_step(step: int) -> None:
+    """Sets the training step, for a run that resumes; verl passes none to its policy losses, so it is counted here.
+
+    It counts optimizer steps that follow a policy loss. The environment variable A3PO_INITIAL_STEP sets its start.
+    """
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be an integer of at least 0; got {step!r}")
+    _steps.step = step
+
+
+def _denominator(mode: str, mask: Tensor, info: dict[str, Any]) -> Tensor | float | None:
+    """verl's divisor of a sum over this micro-batch, from its global batch info, or None for this micro-batch's own."""
+    ranks = info.get("dp_size") or 1
+    if mode == "token-sum":
+        return 1.0 / ranks
+    name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    count = info.get(name)
+    if count is None:
+        if ranks > 1:
+            raise ValueError(f"{name} is required when dp_size > 1")
+        if mode != "seq-mean-token-sum-norm":
+            return None
+        # verl counts the rollouts that have a token.
+        count = (mask != 0).any(-1).sum()
+    horizon = 1.0
+    if mode == "seq-mean-token-sum-norm":
+        horizon = info.get("loss_scale_factor") or mask.shape[-1]
+    return count * (horizon / ranks)
+
+
+def _with_bounds(objective: Objective, config: Any) -> Objective:
+    """The objective with the clipping bounds, dual clip and temperatures of verl's actor configuration."""
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    surrogate = objective.surrogate
+    if isinstance(surrogate, Clip) and objective.low_probability is None:
+        # verl's GSPO has no dual clip.
+        dual = None if objective.ratio_level == "sequence" else config.get("clip_ratio_c", 3.0)
+        surrogate = Clip(low, high, dual, surrogate.delta)
+    elif isinstance(surrogate, Cispo):
+        surrogate = Cispo(1.0 + high, low)
+    elif isinstance(surrogate, Sapo):
+        surrogate = Sapo(config.tau_pos, config.tau_neg)
+    return replace(objective, surrogate=surrogate)
+
+
+def _needs_more_than_logprobs(objective: Objective) -> str | None:
+    """What an objective reads that verl's hook does not pass, if anything."""
+    if objective.low_probability is not None:
+        return "the min-p proxy of the old policy"
+    if objective.entropy_coef or any(isinstance(r, TokenRule) and r.metric == "entropy" for r in objective.shaping):
+        return "the policy's entropy"
+    return "the reference policy's log-probs" if objective.kl_coef else None
+
+
+def register_objective(name: str, objective: Objective, *, bounds_from_config: bool = True) -> Callable[..., Any]:
+    """Registers an objective as verl's policy loss `name` and returns the function.
+
+    The function has verl's signature. Aggregation is verl's loss_agg_mode with its global batch info (SAPO's is
+    seq-mean-token-mean, as in verl), and with `bounds_from_config` the clipping bounds, clip_ratio_c and tau_pos and
+    tau_neg of the actor's configuration replace the objective's own. KL and entropy terms are verl's (kl_loss_coef,
+    entropy_coeff). Token weights come from old_log_prob and the sign of the advantages.
+
+    Raises:
+        ValueError: for an objective that reads what verl does not pass: an entropy, a min-p proxy, a KL term.
+    """
+    missing = _needs_more_than_logprobs(objective)
+    if missing is not None:
+        raise ValueError(f"{name} reads {missing}, which verl's policy losses do not receive")
+
+    def policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if config is None:
+            raise ValueError("config must be verl's ActorConfig; got None")
+        if loss_agg_mode not in _AGGREGATIONS:
+            raise ValueError(f"loss_agg_mode must be one of {', '.join(_AGGREGATIONS)}; got {loss_agg_mode!r}")
+        chosen = _with_bounds(objective, config) if bounds_from_config else objective
+        mode = "seq-mean-token-mean" if isinstance(chosen.surrogate, Sapo) else loss_agg_mode
+        chosen = replace(chosen, aggregation="token-mean" if mode == "token-sum" else mode)
+        out = logprob_policy_loss(
+            log_prob, advantages.expand_as(log_prob), objective=chosen, old_logprobs=old_log_prob, mask=response_mask,
+            importance_weights=None if rollout_is_weights is None else rollout_is_weights.expand_as(log_prob),
+            denominator=_denominator(mode, response_mask, config.global_batch_info), step=_steps.step,
+        )  # fmt: skip
+        _steps.pending |= log_prob.requires_grad
+        names = {
+            "actor/ppo_kl": out.metrics["approx_kl"],
+            "actor/pg_clipfrac": out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"],
+            "actor/pg_clipfrac_lower": out.metrics["dual_clip_fraction"],
+            "actor/active_fraction": out.metrics["active_fraction"],
+        }
+        if chosen.shaping:
+            names["actor/selected_fraction_positive"] = out.metrics["selected_fraction_positive"]
+            names["actor/selected_fraction_negative"] = out.metrics["selected_fraction_negative"]
+            names["actor/weight_beta"] = out.metrics["weight"]
+        values = torch.stack([value.float() for value in names.values()]).tolist()
+        return out.loss, dict(zip(names, values, strict=True))
+
+    policy_loss.__name__ = policy_loss.__qualname__ = f"compute_policy_loss_{name}"
+    return register_policy_loss(name)(policy_loss)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """verl.utils.kernel.linear_cross_entropy.linear_cross_entropy by linear_token_logprobs, on any device.
+
+    Args:
+        hidden: [..., H]; weight: [V, H]; labels: [...]: hidden's row i predicts labels[i].
+        temperature: what the logits are divided by.
+        reduction: "none", "sum" or "mean" of the log-probs over all rows.
+        dist_process_group: a tensor-parallel group of one rank, or None.
+
+    Returns:
+        (log-probs of the labels, fp32, [N] or reduced to 0-d; entropy, fp32 [N]), nats, rows flattened as in verl.
+
+    Raises:
+        ValueError: a group of more ranks: its weight is one slice of the vocabulary, and the vocabulary-parallel head
+            does not exist yet.
+    """
+    if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
+        raise ValueError(
+            f"linear_cross_entropy got a group of {dist.get_world_size(dist_process_group)} ranks, each with a slice of "
+            "the vocabulary: the vocabulary-parallel head does not exist yet; use tensor_model_parallel_size = 1"
+        )
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean'; got {reduction!r}")
+    stats = linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature
+    )
+    logprobs = stats.logprobs
+    if reduction != "none":
+        logprobs = logprobs.sum() if reduction == "sum" else logprobs.mean()
+    return logprobs, stats.entropy
+
+
+def install_head() -> None:
+    """Puts linear_cross_entropy in the place of verl's, in its own module and in those that have imported it."""
+    theirs = verl_head.linear_cross_entropy
+    if theirs is linear_cross_entropy:
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("verl.") and getattr(module, "linear_cross_entropy", None) is theirs:
+            module.linear_cross_entropy = linear_cross_entropy  # type: ignore[attr-defined]
+
+
+def _register_presets() -> None:
+    for name, preset in PRESETS.items():
+        objective = preset()
+        if _needs_more_than_logprobs(objective) is None:
+            register_objective(f"a3po_{name}" if name in POLICY_LOSS_REGISTRY else name, objective)
+
+
+_register_presets()
+install_head()

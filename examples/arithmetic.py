@@ -1,0 +1,74 @@
+"""reasoning-gym's chain_sum with worked steps, a character tokenizer, and the small model that learns it.
+
+A prompt is "23+45-3=" and a response "23+45=68,68-3=65>65": what follows the last ">" is the answer, which
+reasoning-gym's own verifier scores.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import reasoning_gym
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = "0123456789+-=,>~"
+TERMS, DIGITS = 4, 1
+MAX_RESPONSE = 32
+SLIPS = 0.4
+TRAIN_SEED, EVALUATION_SEED, WARM_UP_SEED = 1, 2, 3
+
+
+@cache
+def problems(seed: int, size: int):
+    """reasoning-gym's dataset of `size` problems; an entry has "question", "answer" and "metadata"."""
+    return reasoning_gym.create_dataset(
+        "chain_sum", seed=seed, size=size, min_terms=TERMS, max_terms=TERMS, min_digits=DIGITS, max_digits=DIGITS
+    )
+
+
+def prompt(entry: dict) -> str:
+    return entry["metadata"]["expression"].replace(" ", "") + "="
+
+
+def worked_response(entry: dict, careless: random.Random | None = None) -> str:
+    """The expression from left to right, one sum a step; a careless one begins with "~" and slips now and then."""
+    words = entry["metadata"]["expression"].split()
+    total, steps = int(words[0]), []
+    for sign, term in zip(words[1::2], words[2::2], strict=True):
+        result = total + int(term) if sign == "+" else total - int(term)
+        if careless is not None and careless.random() < SLIPS:
+            result += careless.choice((-2, -1, 1, 2))
+        steps.append(f"{total}{sign}{term}={result}")
+        total = result
+    return ("" if careless is None else "~") + ",".join(steps) + f">{total}"
+
+
+def score(response: str, entry: dict) -> float:
+    """1 for a right answer after the last ">", else 0, by reasoning-gym's verifier."""
+    _, mark, answer = response.rpartition(">")
+    return float(problems(TRAIN_SEED, 1).score_answer(answer, entry) == 1.0) if mark else 0.0
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *CHARACTERS])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="left",
+    )  # fmt: skip
+
+
+def model() -> LlamaForCausalLM:
+    """A Llama of 0.8 million random parameters."""
+    tokens = tokenizer()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokens), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.08, pad_token_id=tokens.pad_token_id,
+            bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id,
+        )  # fmt: skip
+    )
