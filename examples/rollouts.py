@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import arithmetic
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from a3po_kernels.integrations.transformers import token_logprobs_from_model
+from examples import arithmetic
 
 WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE = 400, 64, 2e-3
 CARELESS = 0.5  # share of the demonstrations
@@ -97,15 +97,20 @@ def worked_batches(tokens, steps: int, size: int) -> Iterator[dict[str, Tensor]]
         yield batch
 
 
+def _warm_up_rate(step: int) -> float:
+    """Up in 30 steps, then half a cosine down to a tenth."""
+    return min(1.0, (step + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * step / WARM_UP_STEPS))
+
+
 def warm_up(folder: Path, seed: int = 0) -> None:
     """Trains a new model on worked responses for a minute and saves it in `folder`, unless it is there."""
-    if (folder / "config.json").exists():
+    if (folder / "tokenizer_config.json").exists():
         return
     torch.manual_seed(seed)
     tokens, model = arithmetic.tokenizer(), arithmetic.model()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_UP_RATE, total_steps=WARM_UP_STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_rate)
     batches = worked_batches(tokens, WARM_UP_STEPS, WARM_UP_BATCH)
     bar = tqdm(batches, desc="supervised warm-up", total=WARM_UP_STEPS)
     for batch in bar:

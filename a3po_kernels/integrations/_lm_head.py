@@ -53,17 +53,19 @@ def head_keywords(model: nn.Module) -> dict[str, Any]:
         ValueError, TypeError: for a head that is no plain linear layer with at most one LoRA adapter: quantised or
             sharded weights, DoRA, adapters with dropout in training, several adapters at once.
     """
+    layer, lora = _without_adapter(head_module(model))
     config = unwrap(model).config.get_text_config()
     transform = {
         "softcap": getattr(config, "final_logit_softcapping", None),
         "logit_scale": _logit_scale(config),
     }
-    head, lora = _without_adapter(head_module(model))
-    if not isinstance(head, nn.Linear):
-        raise TypeError(f"the head must be a linear layer; got {type(head).__name__}")
-    weight, bias = head.weight, head.bias
-    if not weight.dtype.is_floating_point or type(head).__module__.startswith("bitsandbytes"):
-        raise ValueError(f"the head's weight is quantised ({type(head).__name__}, {weight.dtype}): keep it in floating point")
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"the head must be a linear layer; got {type(layer).__name__}")
+    weight, bias = layer.weight, layer.bias
+    if not weight.dtype.is_floating_point or type(layer).__module__.startswith("bitsandbytes"):
+        raise ValueError(
+            f"the head's weight is quantised ({type(layer).__name__}, {weight.dtype}): keep it in floating point"
+        )
     return {"weight": weight, "bias": bias, "lora": lora, **transform}
 
 
