@@ -48,8 +48,8 @@ def logprob_policy_loss(
     Args:
         logprobs: per token, [B, T], or [N] with cu_seqlens, of the tokens under the current policy (nats); the gradient
             goes here.
-        entropy: per token (nats), of the current policy; wanted by entropy_coef and by rules on the current entropy, and
-            differentiable. Without it metrics["entropy"] is NaN and the entropies of the output are 0.
+        entropy: per token (nats), of the current policy, differentiable; entropy_coef and rules on the current entropy
+            want it. Without it metrics["entropy"] is NaN and the entropies of the output are 0.
         min_p_logprobs: for Lp-Reg, always.
         The rest: as in policy_loss.
 

@@ -130,6 +130,12 @@ def reads_current(rule: TokenRule, batch: TokenBatch) -> bool:
     return rule.source == "current" or given is None
 
 
+def reads_old_entropy(objective: Objective) -> bool:
+    """Whether a rule selects by the behaviour policy's entropy."""
+    rules = (rule for rule in objective.shaping if isinstance(rule, TokenRule))
+    return any(rule.metric == "entropy" and rule.source == "old" for rule in rules)
+
+
 def shape(objective: Objective, batch: TokenBatch, stats: TokenStats | None, step: Value, backend: str) -> ShapedTokens:
     """The tokens' weights; stats, flat [N], may be None where no rule reads the current policy."""
 
@@ -250,6 +256,5 @@ def check_token_arguments(
         raise ValueError(f"kl_coef = {objective.kl_coef} needs ref_logprobs; got None")
     if objective.low_probability is not None and min_p_logprobs is None and old_logprobs is not None:
         raise ValueError("Lp-Reg needs min_p_logprobs of the old policy when old_logprobs are given; got None")
-    wants_entropy = any(getattr(rule, "metric", "") == "entropy" and rule.source == "old" for rule in objective.shaping)
-    if wants_entropy and old_entropy is None and old_logprobs is not None:
+    if reads_old_entropy(objective) and old_entropy is None and old_logprobs is not None:
         raise ValueError("a rule on the old policy's entropy needs old_entropy when old_logprobs are given; got None")

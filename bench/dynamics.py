@@ -3,9 +3,9 @@
     python -m bench.dynamics run       # the pieces that are missing; stop and start it as you like
     python -m bench.dynamics figure    # docs/images/dynamics.png, and the table of docs/dynamics.md on stdout
 
-A piece is one objective and one seed. It is appended to bench/results/cpu/dynamics.jsonl when it is done: a row for each
-evaluation, with the fields `setting`, objective, seed, step, and those of examples.rollouts.evaluate; `reward` is
-the mean over the training steps since the last evaluation, `seconds` the time since the piece began.
+A piece is one objective and one seed. It is appended to bench/results/cpu/dynamics.jsonl once done: a row for each
+evaluation, with the fields setting, objective, seed, step, and those of examples.rollouts.evaluate; reward is the mean
+over the training steps since the last evaluation, seconds the time since the piece began.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def table(data: list[dict]) -> str:
         "| objective | seeds | accuracy, sampled | accuracy, greedy | solved by one of 4 | entropy, nats | length |",
         "|---|---|---|---|---|---|---|",
     ]
-    first = [row for row in data if row["step"] == 0][0]
+    first = next(row for row in data if row["step"] == 0)
     lines.append("| before | | " + " | ".join(f"{first[f]:.3f}" for f in fields[:-1]) + f" | {first['length']:.1f} |")
     for name in OBJECTIVES:
         ends = [row for row in data if row["objective"] == name and row["step"] == last]

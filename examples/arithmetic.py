@@ -65,10 +65,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> LlamaForCausalLM:
     """A Llama of 0.8 million random parameters."""
     tokens = tokenizer()
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokens), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-            max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.08, pad_token_id=tokens.pad_token_id,
-            bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id,
-        )  # fmt: skip
-    )
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.08,
+        pad_token_id=tokens.pad_token_id, bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)

@@ -8,7 +8,8 @@ import torch
 import a3po_kernels as ak
 
 OBJECTIVES = {
-    "a3po": ak.a3po(), "a3po-current": ak.a3po(source="current"), "dapo-entropy": ak.dapo(entropy_coef=0.1, kl_coef=0.2),
+    "a3po": ak.a3po(), "a3po-current": ak.a3po(source="current"),
+    "dapo-entropy": ak.dapo(entropy_coef=0.1, kl_coef=0.2),
     "fork_tokens": ak.fork_tokens(), "lp_reg": ak.lp_reg(quantile=0.5), "gspo": ak.gspo(), "cispo": ak.cispo(),
     "sapo": ak.sapo(), "psr": ak.psr(), "dr_grpo": ak.dr_grpo(),
 }  # fmt: skip

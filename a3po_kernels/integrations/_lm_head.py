@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The model inside DataParallel, DistributedDataParallel and torch.compile."""
     while True:
         for name in ("_orig_mod", "module"):
@@ -69,7 +69,7 @@ def head_keywords(model: nn.Module) -> dict[str, Any]:
     return {"weight": weight, "bias": bias, "lora": lora, **transform}
 
 
-def _without_adapter(head: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
+def _without_adapter(head: Any) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
     """The plain layer in a head that PEFT has wrapped, and the active LoRA adapter (A, B, scale), if any."""
     # A ModulesToSaveWrapper trains a copy of the whole layer.
     copies = getattr(head, "modules_to_save", None)
@@ -93,7 +93,7 @@ def _without_adapter(head: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, 
     name = active[0]
     if getattr(head, "use_dora", {}).get(name) or name in (getattr(head, "lora_variant", None) or {}):
         raise ValueError("the head's adapter is a variant of LoRA (DoRA or another); plain LoRA is supported there")
-    dropout = head.lora_dropout[name] if name in head.lora_dropout else None
+    dropout = dict(head.lora_dropout).get(name)
     if isinstance(dropout, nn.Dropout) and dropout.p > 0 and head.training:
         raise ValueError(f"the head's adapter has lora_dropout = {dropout.p}; it must be 0 there")
     a, b = head.lora_A[name], head.lora_B[name]
@@ -148,8 +148,7 @@ def swap_head(model: nn.Module, compute: Callable[..., Any]) -> Iterator[list[An
         TypeError, ValueError: for a head that cannot be read: quantised, a DTensor, an adapter other than LoRA.
     """
     module = head_module(model)
-    keywords = head_keywords(model)  # what is not supported is refused before anything runs
-    del keywords
+    head_keywords(model)  # what is not supported is refused before anything runs
     switch = _switches.get(module)
     if switch is None:
         switch = _switches[module] = _Switch(module)
@@ -171,14 +170,14 @@ def swap_head(model: nn.Module, compute: Callable[..., Any]) -> Iterator[list[An
             )
         return compute(hidden.to(weight.device), **head)
 
-    had, before = "forward" in module.__dict__, module.__dict__.get("forward")
-    switch.own, switch.compute, switch.results = module.forward, run, []
+    had, own = "forward" in module.__dict__, module.forward
+    switch.own, switch.compute, switch.results = own, run, []
     module.forward = switch
     try:
         yield switch.results
     finally:
         switch.compute = None
         if had:
-            module.forward = before
+            module.forward = own
         else:
             del module.forward

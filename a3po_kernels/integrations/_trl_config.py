@@ -54,7 +54,7 @@ class A3POConfig(GRPOConfig):
     objective: str = _option(
         f"What is optimised: {', '.join(PRESETS)}; in Python also an a3po_kernels.Objective.", "a3po"
     )
-    rho: float | None = _option("a3po: scale of the selected tokens at step 0, beta(step) = max(1, rho - alpha * step).")
+    rho: float | None = _option("a3po: scale of the selected tokens, beta(step) = max(1, rho - alpha * step).")
     alpha: float | None = _option("a3po: what that scale loses per optimizer step.")
     token_ratio: float | None = _option("a3po, fork_tokens: share of the tokens that is selected, in (0, 1].")
     selection_metric: str | None = _option("a3po: 'probability' or 'entropy'.")
@@ -77,7 +77,9 @@ class A3POConfig(GRPOConfig):
     head_compaction: str = _option(
         "'exact' leaves rows without a gradient out of the head's products; 'none' computes every row.", "exact"
     )
-    head_statistics: str = _option("'all', or 'active': skip the statistics of tokens that cannot have a gradient.", "all")
+    head_statistics: str = _option(
+        "'all', or 'active': skip the statistics of tokens that cannot have a gradient.", "all"
+    )
     head_chunk_bytes: int | None = _option("Budget of the tile of logits that exists at a time.")
 
     def __post_init__(self):
@@ -93,12 +95,10 @@ class A3POConfig(GRPOConfig):
         for name, reason in refused.items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not supported by A3POConfig: {reason}")
-        objective = self.build_objective()
-        if self.beta != objective.kl_coef:
-            if self.beta:
-                raise ValueError(f"beta = {self.beta} and the objective's kl_coef = {objective.kl_coef} differ")
-            # TRL loads a reference model for this.
-            self.beta = objective.kl_coef
+        wanted = self.build_objective().kl_coef
+        if vars(self)["beta"] not in (0.0, wanted):
+            raise ValueError(f"beta = {vars(self)['beta']} and the objective's kl_coef = {wanted} differ")
+        self.beta = wanted  # TRL loads a reference model for it
 
     def build_objective(self) -> Objective:
         """The objective that the fields describe."""
@@ -109,7 +109,7 @@ class A3POConfig(GRPOConfig):
             if self.importance_sampling_level != "token":
                 given.append("importance_sampling_level")
             if given:
-                raise ValueError(f"{given[0]} is a field of the presets; set it on the Objective that was given instead")
+                raise ValueError(f"{given[0]} is a field of the presets; set it on the Objective that was given")
             return self.objective
         if self.epsilon is not None and self.epsilon_high is None and self.objective != "cispo":
             options["epsilon_high"] = self.epsilon

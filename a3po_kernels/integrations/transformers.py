@@ -153,13 +153,14 @@ def min_p_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], min_p:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Raises ValueError unless the head as it is read from the config gives the model's own logits, on two tokens.
+    """Raises ValueError unless the head as it is read from the config gives the model's own logits, on a few tokens.
 
     A model may transform its logits by a rule that its config spells in a way this package does not know. Runs the
     model's forward in the mode it is in; call it before the model is wrapped.
     """
     head = head_keywords(model)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=head["weight"].device)
+    # Several tokens: the embedding of a padding token may be zero, and so its logits under any rule.
+    ids = torch.arange(8, device=head["weight"].device).unsqueeze(0) % head["weight"].shape[0]
     entering: list[Tensor] = []
     handle = head_module(model).register_forward_pre_hook(lambda module, args: entering.append(args[0]))
     training = model.training

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.trainer.utils import nanmax, nanmin
 
 from ..objectives import Cispo, Clip, Objective, PolarityWeights
-from ..token_stages import PolicyLossOutput
+from ..token_stages import PolicyLossOutput, reads_old_entropy
 from ._trl_config import A3POConfig, ratio_bounds
 from .transformers import check_head, min_p_logprobs_from_model, policy_loss_from_model, token_logprobs_from_model
 
@@ -55,7 +56,9 @@ class A3POTrainer(GRPOTrainer):
         "id": "2512.21625",
     }
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: A3POConfig | None = None, *rest: Any, **options: Any):
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: A3POConfig | None = None, *rest: Any, **options: Any
+    ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
             args = A3POConfig(f"{name.split('/')[-1]}-A3PO")
@@ -123,9 +126,7 @@ class A3POTrainer(GRPOTrainer):
     def _add_old_statistics(self, output: dict[str, Any]) -> None:
         """What some objectives want of the policy that sampled, once it is no longer the current one."""
         objective = self.policy_objective
-        wants_entropy = any(
-            getattr(rule, "metric", "") == "entropy" and rule.source == "old" for rule in objective.shaping
-        )
+        wants_entropy = reads_old_entropy(objective)
         if not wants_entropy and objective.low_probability is None:
             return
         batch = self._model_batch(output)
@@ -166,7 +167,7 @@ class A3POTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         training = self.model.training
-        batch = self._model_batch(inputs)
+        batch: dict[str, Any] = self._model_batch(inputs)
         batch["advantages"] = inputs["advantages"]
         for name, key in (
             ("old_logprobs", "old_per_token_logps"), ("ref_logprobs", "ref_per_token_logps"),
@@ -228,10 +229,8 @@ class A3POTrainer(GRPOTrainer):
         if isinstance(objective.surrogate, Clip):
             per_rollout = torch.stack([(x * weight).sum(-1) / weight.sum(-1) for x in (low, high)], dim=-1)
             lows, highs = self.accelerator.gather(per_rollout).unbind(-1)
-            metrics["clip_ratio/low_min"].append(lows[~lows.isnan()].min().item() if (~lows.isnan()).any() else float("nan"))
-            metrics["clip_ratio/high_max"].append(
-                highs[~highs.isnan()].max().item() if (~highs.isnan()).any() else float("nan")
-            )
+            metrics["clip_ratio/low_min"].append(nanmin(lows).item())
+            metrics["clip_ratio/high_max"].append(nanmax(highs).item())
         if "aux_loss" in out.metrics:
             aux_loss = self.accelerator.gather_for_metrics(out.metrics["aux_loss"])
             metrics["aux_loss"].append(aux_loss.mean().item())

@@ -186,8 +186,8 @@ def linear_cross_entropy(
     """
     if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
         raise ValueError(
-            f"linear_cross_entropy got a group of {dist.get_world_size(dist_process_group)} ranks, each with a slice of "
-            "the vocabulary: the vocabulary-parallel head does not exist yet; use tensor_model_parallel_size = 1"
+            f"linear_cross_entropy got a group of {dist.get_world_size(dist_process_group)} ranks, each with a slice "
+            "of the vocabulary: the vocabulary-parallel head does not exist yet; use tensor_model_parallel_size = 1"
         )
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean'; got {reduction!r}")
@@ -207,7 +207,7 @@ def install_head() -> None:
         return
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and getattr(module, "linear_cross_entropy", None) is theirs:
-            module.linear_cross_entropy = linear_cross_entropy  # type: ignore[attr-defined]
+            vars(module)["linear_cross_entropy"] = linear_cross_entropy
 
 
 def _register_presets() -> None:

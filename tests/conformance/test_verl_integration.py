@@ -96,7 +96,7 @@ def test_dp_size_needs_the_global_counts():
 
 
 def test_an_unknown_aggregation_is_named():
-    with pytest.raises(ValueError, match="loss_agg_mode must be one of .*; got 'mean'"):
+    with pytest.raises(ValueError, match=r"loss_agg_mode must be one of .*; got 'mean'"):
         verl_loss(batch(), "a3po", "mean", config())
 
 
@@ -220,7 +220,7 @@ def test_the_fused_forward_of_verls_actor_uses_it():
 
 def test_a_group_of_more_ranks_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-    with pytest.raises(ValueError, match="2 ranks.*vocabulary-parallel"):
+    with pytest.raises(ValueError, match=r"2 ranks.*vocabulary-parallel"):
         integration.linear_cross_entropy(
             torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), 1.0, "none", object()
         )
