@@ -10,7 +10,7 @@ from .ops.select_tokens import check_selection
 from .schedules import LinearDecay, Schedule
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3-ratio")
 
 
 def _check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
@@ -158,7 +158,9 @@ class Objective:
     shaping: PolarityWeights and TokenRules, multiplied in the order listed.
     surrogate: Clip, Cispo, Sapo or Reinforce.
     ratio_level: "token", or "sequence" for the ratio exp(mean over the rollout of logp - old) (GSPO, arXiv 2507.18071).
-    kl_coef, kl_estimator: coefficient and estimator (k1, k2, k3) of the KL term to the reference policy.
+    kl_coef, kl_estimator: coefficient and estimator of the KL term to the reference policy: k1, k2, k3, or k3-ratio, k3
+        times the token's ratio r and differentiated through it, which is unbiased off-policy (DeepSeek-V3.2, arXiv
+        2512.02556; TRL's use_bias_correction_kl). The latter needs ratio_level "token".
     entropy_coef: coefficient of the entropy bonus.
     low_probability: a MinPRegularizer, or None.
     aggregation: one of AGGREGATIONS.
@@ -185,6 +187,8 @@ class Objective:
         _check_word("ratio_level", self.ratio_level, ("token", "sequence"))
         _check_number("kl_coef", self.kl_coef, 0.0)
         _check_word("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        if self.kl_estimator == "k3-ratio" and self.ratio_level == "sequence":
+            raise ValueError("kl_estimator 'k3-ratio' needs ratio_level 'token'; got 'sequence'")
         _check_number("entropy_coef", self.entropy_coef, -math.inf)
         if self.low_probability is not None and not isinstance(self.low_probability, MinPRegularizer):
             raise TypeError(f"low_probability must be a MinPRegularizer; got {type(self.low_probability).__name__}")

@@ -70,9 +70,9 @@ def config(args: argparse.Namespace, folder: Path) -> A3POConfig:
     return A3POConfig(
         output_dir=str(folder / "trainer"), objective=args.objective, max_steps=args.steps, learning_rate=args.rate,
         per_device_train_batch_size=64, gradient_accumulation_steps=2, num_generations=8,
-        num_iterations=args.iterations, max_completion_length=arithmetic.MAX_RESPONSE, lr_scheduler_type="constant", logging_steps=1, seed=args.seed,
-        report_to=[], save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, bf16=False,
-        use_cpu=not torch.cuda.is_available(),
+        num_iterations=args.iterations, max_completion_length=arithmetic.MAX_RESPONSE, lr_scheduler_type="constant",
+        logging_steps=1, seed=args.seed, report_to=[], save_strategy="no", gradient_checkpointing=False,
+        disable_tqdm=True, bf16=False, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def objective_value(
     if batch.importance_weights is not None:
         loss = loss * batch.importance_weights[kept]
     if objective.kl_coef != 0:
-        loss = loss + objective.kl_coef * kl_estimate(objective.kl_estimator, logp, batch.ref_logprobs[kept])
+        loss = loss + objective.kl_coef * kl_estimate(objective.kl_estimator, logp, batch.ref_logprobs[kept], r)
     if objective.entropy_coef != 0:
         loss = loss - objective.entropy_coef * h
 
@@ -224,7 +224,7 @@ def metrics_of(
     rules = [part for part in objective.shaping if isinstance(part, TokenRule)]
     kl = zero
     if batch.ref_logprobs is not None:
-        kl = mean(kl_estimate(objective.kl_estimator, logp, batch.ref_logprobs[rows]))
+        kl = mean(kl_estimate(objective.kl_estimator, logp, batch.ref_logprobs[rows], r))
     return {
         "entropy": mean(entropy[rows]),
         "kl": kl,

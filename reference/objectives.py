@@ -203,6 +203,6 @@ class Objective:
         if not isinstance(self.surrogate, (Clip, Cispo, Sapo, Reinforce)):
             raise TypeError(f"surrogate must be Clip, Cispo, Sapo or Reinforce, got {self.surrogate!r}")
         one_of("ratio_level", self.ratio_level, ("token", "sequence"))
-        one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "k3-ratio"))
         one_of("aggregation", self.aggregation, AGGREGATIONS)
         one_of("normalize_over", self.normalize_over, ("all", "selected"))

@@ -155,14 +155,15 @@ def clipped_low_high(surrogate, advantage: Tensor, ratio: Tensor) -> tuple[Tenso
 # --- regularisers ---
 
 
-def kl_estimate(estimator: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k1 = l - l_ref, k2 = (l - l_ref)^2 / 2, k3 = exp(l_ref - l) - (l_ref - l) - 1."""
+def kl_estimate(estimator: str, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor) -> Tensor:
+    """k1 = l - l_ref, k2 = (l - l_ref)^2 / 2, k3 = exp(l_ref - l) - (l_ref - l) - 1, k3-ratio = r k3."""
     difference = logprobs - ref_logprobs
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference**2
-    return (-difference).exp() + difference - 1
+    k3 = (-difference).exp() + difference - 1
+    return ratio * k3 if estimator == "k3-ratio" else k3
 
 
 def low_probability_rows(

@@ -125,6 +125,7 @@ def test_bad_inputs(call, error, words):
         (lambda: grpo(delta=0.0), ValueError),
         (lambda: grpo(kl_coef=-1.0), ValueError),
         (lambda: grpo(kl_estimator="k4"), ValueError),
+        (lambda: grpo(kl_estimator="k3-ratio", ratio_level="sequence"), ValueError),
         (lambda: grpo(aggregation="mean"), ValueError),
         (lambda: grpo(entropy_coef="1"), TypeError),
         (lambda: grpo(rho=2.0), TypeError),

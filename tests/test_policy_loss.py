@@ -73,6 +73,7 @@ def test_aggregations(name, aggregation, denominator, backend, device):
         ("grpo", {"delta": 1.15}),
         ("dapo", {"epsilon_low": 0.05, "epsilon_high": 0.02, "kl_coef": 0.1, "kl_estimator": "k1"}),
         ("dapo", {"kl_coef": 0.1, "kl_estimator": "k2"}),
+        ("dapo", {"kl_coef": 0.1, "kl_estimator": "k3-ratio"}),
         ("gspo", {"epsilon_low": 0.01, "epsilon_high": 0.01, "entropy_coef": -0.1}),
         ("cispo", {"epsilon_high": 1.05, "epsilon_low": 0.02}),
         ("sapo", {"tau_positive": 3.0, "tau_negative": 5.0}),

@@ -86,10 +86,12 @@ def test_sequence_ratio_by_hand():
 
 
 def test_kl_entropy_and_importance_weights_by_hand():
-    # p = .5, reference .25: d = l - l_ref = log 2. k1 = log 2; k2 = log(2)^2 / 2; k3 = 1/2 + log 2 - 1.
+    # p = .5, reference .25: d = l - l_ref = log 2. k1 = log 2; k2 = log(2)^2 / 2; k3 = 1/2 + log 2 - 1;
+    # on-policy r k3 = k3, with a derivative of k3 + 1/2.
     d = math.log(2)
     reference = torch.tensor([[0.25]], dtype=F64).log()
-    for estimator, value, slope in [("k1", d, 1.0), ("k2", d * d / 2, d), ("k3", 0.5 + d - 1, 0.5)]:
+    cases = [("k1", d, 1.0), ("k2", d * d / 2, d), ("k3", d - 0.5, 0.5), ("k3-ratio", d - 0.5, d)]
+    for estimator, value, slope in cases:
         objective = ref.grpo(kl_coef=0.1, kl_estimator=estimator)
         out, grad = rollout_loss(
             objective, [[0.5]], [2.0], ref_logprobs=reference, importance_weights=torch.tensor([3.0])

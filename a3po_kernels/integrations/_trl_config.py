@@ -48,7 +48,8 @@ class A3POConfig(GRPOConfig):
     micro-batch's tokens, whatever the aggregation).
 
     Refused with a ValueError: loss_type, top_entropy_quantile (objective="fork_tokens" selects exactly),
-    use_adaptive_entropy, off_policy_mask_threshold, use_bias_correction_kl.
+    use_adaptive_entropy, off_policy_mask_threshold; and a KL term with use_bias_correction_kl, TRL's default, under a
+    ratio per rollout.
     """
 
     objective: str = _option(
@@ -67,7 +68,10 @@ class A3POConfig(GRPOConfig):
     low_probability_min_p: float | None = _option("lp_reg: kappa of the min-p proxy.")
     low_probability_beta: float | None = _option("lp_reg: coefficient of its regulariser.")
     dual_clip: float | None = _option("Dual clip c > 1: where A < 0, the loss is at most -A * c. Off if None.")
-    kl_estimator: str | None = _option("'k1', 'k2' or 'k3' (TRL's) estimator of the KL term.")
+    kl_estimator: str | None = _option(
+        "Estimator of the KL term: 'k1', 'k2', 'k3' or 'k3-ratio'. By default as in TRL: 'k3-ratio' with "
+        "use_bias_correction_kl, else 'k3'."
+    )
     aggregation: str | None = _option(
         "'token-mean' (over all tokens of an optimizer step), 'seq-mean-token-mean', 'seq-mean-token-sum' or "
         "'seq-mean-token-sum-norm' (divided by max_completion_length)."
@@ -89,7 +93,6 @@ class A3POConfig(GRPOConfig):
             "top_entropy_quantile": "objective='fork_tokens' with token_ratio selects by entropy",
             "use_adaptive_entropy": "only a constant entropy_coef is supported",
             "off_policy_mask_threshold": "masking rollouts by their KL is not supported",
-            "use_bias_correction_kl": "the KL term is not weighed by the ratio here",
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, reason in refused.items():
@@ -117,6 +120,13 @@ class A3POConfig(GRPOConfig):
             options.update(tau_positive=self.sapo_temperature_pos, tau_negative=self.sapo_temperature_neg)
         if self.importance_sampling_level != "token":
             options["ratio_level"] = self.importance_sampling_level
+        if self.beta and self.kl_estimator is None and self.use_bias_correction_kl:
+            if self.importance_sampling_level == "sequence" or self.objective == "gspo":
+                raise ValueError(
+                    "use_bias_correction_kl = True, TRL's default, weighs the KL term by the ratio, which is supported "
+                    "for a ratio per token; set use_bias_correction_kl=False"
+                )
+            options["kl_estimator"] = "k3-ratio"
         if self.objective in PRESETS:
             # CISPO and SAPO have them too, at 0 unless given.
             options.update({k: v for k, v in {"kl_coef": self.beta, "entropy_coef": self.entropy_coef}.items() if v})

@@ -46,7 +46,8 @@ class A3POTrainer(GRPOTrainer):
 
     Raises:
         TypeError, ValueError: at construction, for arguments that are no A3POConfig, vision-language models, DeepSpeed
-            ZeRO-3, FSDP1, and heads that cannot be read (see integrations.transformers).
+            ZeRO-3, FSDP1, an adapter on the head (TRL's own check), and heads that cannot be read (see
+            integrations.transformers).
     """
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012 (TRL's attribute)
@@ -87,14 +88,14 @@ class A3POTrainer(GRPOTrainer):
             options["head_dtype"] = torch.float32
         return options
 
-    def _in_batches(self, function: Any, model: Any, batch: Mapping[str, Tensor], size: int | None, **options: Any):
+    def _in_batches(self, function: Any, model: Any, batch: Mapping[str, Tensor], size: int | None, options: dict):
         """function's results for slices of the batch."""
         rollouts = len(batch["input_ids"])
         results = []
         for start in range(0, rollouts, size or rollouts):
             part = {name: values[start : start + (size or rollouts)] for name, values in batch.items()}
             with self.accelerator.autocast():
-                results.append(function(model, part, **options, **self._head_options()))
+                results.append(function(model, part, **options))
         return results
 
     def _get_per_token_logps_and_entropies(
@@ -105,7 +106,7 @@ class A3POTrainer(GRPOTrainer):
             "attention_mask": attention_mask,
             "completion_mask": attention_mask[:, -logits_to_keep:],
         }
-        stats = self._in_batches(token_logprobs_from_model, model, batch, batch_size)
+        stats = self._in_batches(token_logprobs_from_model, model, batch, batch_size, self._head_options())
         entropies = torch.cat([s.entropy for s in stats]) if compute_entropy else None
         return torch.cat([s.logprobs for s in stats]), entropies, None
 
@@ -130,13 +131,15 @@ class A3POTrainer(GRPOTrainer):
         if not wants_entropy and objective.low_probability is None:
             return
         batch = self._model_batch(output)
-        size = self.args.per_device_train_batch_size
+        size, options = self.args.per_device_train_batch_size, self._head_options()
         if wants_entropy:
-            stats = self._in_batches(token_logprobs_from_model, self.model, batch, size)
+            stats = self._in_batches(token_logprobs_from_model, self.model, batch, size, options)
             output["old_entropy"] = torch.cat([s.entropy for s in stats])
         if objective.low_probability is not None:
-            kappa = objective.low_probability.min_p
-            proxies = self._in_batches(min_p_logprobs_from_model, self.model, batch, size, min_p=kappa)
+            # The proxy is defined before temperature.
+            del options["temperature"]
+            options["min_p"] = objective.low_probability.min_p
+            proxies = self._in_batches(min_p_logprobs_from_model, self.model, batch, size, options)
             output["min_p_logprobs"] = torch.cat(proxies)
 
     # -- the loss -----------------------------------------------------------------------------------------------------
@@ -211,8 +214,7 @@ class A3POTrainer(GRPOTrainer):
             "active_fraction": (out.metrics["active_fraction"] * mask.sum(), mask),
         }
         if "ref_logprobs" in batch:
-            gap = (batch["ref_logprobs"] - out.logprobs) * mask
-            means["kl"] = (gap.exp() - gap - 1.0, mask)
+            means["kl"] = (out.metrics["kl"] * mask.sum(), mask)
         low, high = self._clipped(batch, out, mask, advantages)
         # One ratio a rollout is one value a rollout, as in TRL.
         weight = mask if low.shape[1] > 1 else torch.ones_like(low)
@@ -224,7 +226,9 @@ class A3POTrainer(GRPOTrainer):
             means["cispo_clip_ratio"] = (high * weight, weight)
         sums = torch.stack([torch.stack([values.sum(), count.sum()]) for values, count in means.values()])
         for name, (total, count) in zip(means, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True):
-            metrics[name].append(total / count if count else float("nan"))
+            # Without a token TRL's means are 0; a polarity without one is left out of the log's mean.
+            nothing = float("nan") if name.endswith(("/positive", "/negative")) else 0.0
+            metrics[name].append(total / count if count else nothing)
         metrics["weight_beta"].append(out.metrics["weight"].item())
         if isinstance(objective.surrogate, Clip):
             per_rollout = torch.stack([(x * weight).sum(-1) / weight.sum(-1) for x in (low, high)], dim=-1)

@@ -92,8 +92,8 @@ def _replacement(loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage,
 
 
 @triton.jit
-def _kl(logp, reference, ESTIMATOR: tl.constexpr):
-    """(estimate, d estimate / d logp) of KL(policy, reference)."""
+def _kl(logp, reference, ratio, slope, ESTIMATOR: tl.constexpr):
+    """(estimate, d estimate / d logp) of KL(policy, reference); slope is d ratio / d logp."""
     gap = reference - logp
     if ESTIMATOR == "k1":
         return -gap, tl.zeros_like(gap) + 1.0
@@ -101,7 +101,11 @@ def _kl(logp, reference, ESTIMATOR: tl.constexpr):
         return 0.5 * gap * gap, -gap
     else:
         e = _exp(gap)
-        return e - gap - 1.0, 1.0 - e
+        k3 = e - gap - 1.0
+        if ESTIMATOR == "k3-ratio":
+            return ratio * k3, slope * k3 + ratio * (1.0 - e)
+        else:
+            return k3, 1.0 - e
 
 
 @triton.jit(do_not_specialize=["n_rollouts"])
@@ -202,7 +206,8 @@ def policy_terms_kernel(
             else:
                 kl = tl.zeros((BLOCK,), COMPUTE)
                 if reference_ptr is not None:
-                    kl, d_kl = _kl(logp, _load(reference_ptr, at, token).to(COMPUTE), ESTIMATOR)
+                    reference = _load(reference_ptr, at, token).to(COMPUTE)
+                    kl, d_kl = _kl(logp, reference, ratio, slope, ESTIMATOR)
                     # Not 0 * inf: without a coefficient the estimate is a metric only.
                     loss += tl.where(kl_coef_ != 0, kl_coef_ * kl, 0.0)
                     d_logp += tl.where(kl_coef_ != 0, kl_coef_ * d_kl, 0.0)

@@ -38,15 +38,18 @@ def _surrogate(form, ratio, slope, logp, advantage):
     return -advantage * logp, zero, -advantage, never, never, never
 
 
-def _kl(estimator: str, logp: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """(estimate, d estimate / d logp) of KL(policy, reference)."""
+def _kl(estimator: str, logp: Tensor, reference: Tensor, ratio: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """(estimate, d estimate / d logp) of KL(policy, reference); slope is d ratio / d logp."""
     gap = reference - logp
     if estimator == "k1":
         return -gap, torch.ones_like(gap)
     if estimator == "k2":
         return 0.5 * gap.square(), -gap
     e = gap.exp()
-    return e - gap - 1.0, 1.0 - e
+    k3 = e - gap - 1.0
+    if estimator == "k3-ratio":
+        return ratio * k3, slope * k3 + ratio * (1.0 - e)
+    return k3, 1.0 - e
 
 
 def policy_terms(
@@ -86,7 +89,7 @@ def policy_terms(
         loss, d_ratio, d_logp = loss * factor, d_ratio * factor, d_logp * factor
     kl = torch.zeros_like(logp)
     if reference is not None:
-        kl, d_kl = _kl(form.kl_estimator, logp, at(reference, tokens))
+        kl, d_kl = _kl(form.kl_estimator, logp, at(reference, tokens), ratio, slope)
         if form.kl_coef:
             loss, d_logp = loss + form.kl_coef * kl, d_logp + form.kl_coef * d_kl
 
