@@ -3,6 +3,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+OBJECTIVE ?= a3po
+DEMO_ARGS ?=
 
 VENV := .venv
 JUNIT := build/junit
@@ -25,7 +27,7 @@ INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpre
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench bench-trl clean distclean
+.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench bench-trl demo train-plain dynamics clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,12 +44,15 @@ $(1)/.stamp: setup.py $(2)
 	touch $$@
 endef
 
+# With what the examples use.
+TRL_REQUIREMENTS := trl==1.16.0 liger-kernel==0.8.5 peft==0.21.2 reasoning-gym==0.1.25 matplotlib
+
 TEST_TOOLS := pytest pytest-xdist hypothesis expecttest numpy
 # Not verl's own requirements: those bring a training stack that its loss functions never import.
 VERL_IMPORTS := ray tensordict omegaconf codetiming transformers
 
 $(eval $(call environment,$(VENV),constraints.txt,-e '.[dev]',))
-$(eval $(call environment,.venv-trl,constraints-trl.txt,$(TEST_TOOLS) trl==1.16.0 liger-kernel==0.8.5,))
+$(eval $(call environment,.venv-trl,constraints-trl.txt,$(TEST_TOOLS) $(TRL_REQUIREMENTS),))
 $(eval $(call environment,.venv-verl,constraints-verl.txt,$(TEST_TOOLS) $(VERL_IMPORTS),verl==0.9.1))
 $(eval $(call environment,.venv-triton36,constraints-triton36.txt,$(TEST_TOOLS),triton==3.6.0))
 
@@ -72,7 +77,7 @@ test-native: env  ## the tests that need no interpreter
 test-interpreter: env  ## the kernels in Triton's interpreter
 	$(INTERPRETER)
 
-test-trl: .venv-trl/.stamp  ## conformance with TRL and Liger-Kernel, in .venv-trl
+test-trl: .venv-trl/.stamp  ## TRL, transformers, Liger-Kernel and the examples, in .venv-trl
 	$(call PYTEST,.venv-trl,trl) -m trl tests/conformance $(PYTEST_ARGS)
 
 test-verl: .venv-verl/.stamp  ## conformance with verl, in .venv-verl
@@ -87,6 +92,16 @@ bench: env  ## time and peak memory against plain PyTorch, on the CPU
 
 bench-trl: .venv-trl/.stamp  ## the linear head beside TRL's, in .venv-trl
 	PYTHONPATH=. .venv-trl/bin/python bench/cpu_linear.py --output bench/results/cpu/linear.jsonl
+
+demo: .venv-trl/.stamp  ## train a small model by RLVR with A3POTrainer, in .venv-trl; OBJECTIVE=dapo and friends
+	PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m examples.demo --objective $(OBJECTIVE) $(DEMO_ARGS)
+
+train-plain: .venv-trl/.stamp  ## the same in a plain loop
+	PYTHONPATH=. .venv-trl/bin/python -m examples.train_plain --objective $(OBJECTIVE) $(DEMO_ARGS)
+
+dynamics: .venv-trl/.stamp  ## train with eight objectives, several seeds each: hours, resumable; then the figure
+	PYTHONPATH=. .venv-trl/bin/python -m bench.dynamics run
+	PYTHONPATH=. .venv-trl/bin/python -m bench.dynamics figure
 
 clean:  ## remove what tests and builds leave
 	rm -rf build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

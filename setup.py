@@ -60,8 +60,9 @@ setup(
     extras_require={
         "test": TEST,
         "bench": ["matplotlib>=3.8", "tabulate>=0.9"],
-        "examples": ["transformers>=5.5"],
-        "trl": ["trl>=1.16", "liger-kernel>=0.8.5"],
+        "transformers": ["transformers>=5.5"],
+        "trl": ["trl>=1.16"],
+        "examples": ["trl>=1.16", "reasoning-gym>=0.1.25", "matplotlib>=3.8"],
         "verl": ["verl==0.9.1"],
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15"],
     },

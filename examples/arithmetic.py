@@ -7,7 +7,9 @@ reasoning-gym's own verifier scores.
 from __future__ import annotations
 
 import random
+import zlib
 from functools import cache
+from itertools import islice
 
 import reasoning_gym
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,15 +19,29 @@ CHARACTERS = "0123456789+-=,>~"
 TERMS, DIGITS = 4, 1
 MAX_RESPONSE = 32
 SLIPS = 0.4
-TRAIN_SEED, EVALUATION_SEED, WARM_UP_SEED = 1, 2, 3
+# reasoning-gym draws problem i of a seed from seed + i: near seeds share their problems.
+SEEDS = {"warm-up": 10_000_000, "train": 20_000_000, "held-out": 30_000_000}
+
+
+def is_held_out(entry: dict) -> bool:
+    """One problem in ten, by a hash of its expression, so that no other split can hold it."""
+    return zlib.crc32(entry["metadata"]["expression"].encode()) % 10 == 0
 
 
 @cache
-def problems(seed: int, size: int):
-    """reasoning-gym's dataset of `size` problems; an entry has "question", "answer" and "metadata"."""
-    return reasoning_gym.create_dataset(
-        "chain_sum", seed=seed, size=size, min_terms=TERMS, max_terms=TERMS, min_digits=DIGITS, max_digits=DIGITS
-    )
+def problems(split: str, size: int) -> list[dict]:
+    """`size` problems of "warm-up", "train" or "held-out": reasoning-gym's entries, with "metadata" and "answer"."""
+    dataset = reasoning_gym.create_dataset(
+        "chain_sum", seed=SEEDS[split], size=12 * size + 1000, min_terms=TERMS, max_terms=TERMS, min_digits=DIGITS,
+        max_digits=DIGITS,
+    )  # fmt: skip
+    chosen = (entry for entry in dataset if is_held_out(entry) == (split == "held-out"))
+    return list(islice(chosen, size))
+
+
+@cache
+def _verifier():
+    return reasoning_gym.create_dataset("chain_sum", seed=0, size=1)
 
 
 def prompt(entry: dict) -> str:
@@ -48,7 +64,7 @@ def worked_response(entry: dict, careless: random.Random | None = None) -> str:
 def score(response: str, entry: dict) -> float:
     """1 for a right answer after the last ">", else 0, by reasoning-gym's verifier."""
     _, mark, answer = response.rpartition(">")
-    return float(problems(TRAIN_SEED, 1).score_answer(answer, entry) == 1.0) if mark else 0.0
+    return float(_verifier().score_answer(answer, entry) == 1.0) if mark else 0.0
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -25,12 +25,15 @@ from a3po_kernels.integrations._presets import PRESETS
 from a3po_kernels.integrations.transformers import policy_loss_from_model
 from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 from examples import arithmetic, figures
-from examples.rollouts import evaluate, respond, warm_up
+from examples.rollouts import WARM_UP_STEPS, evaluate, respond, warm_up
 
 LINE = {
     "reward": "reward", "entropy": "entropy", "positive": "entropy/positive", "negative": "entropy/negative",
     "length": "completions/mean_length", "beta": "weight_beta", "clipped": "clip_ratio/region_mean",
 }  # fmt: skip
+
+
+PROBLEMS = 4096
 
 
 class MetricsLine(TrainerCallback):
@@ -55,14 +58,14 @@ class MetricsLine(TrainerCallback):
         self.bar.close()
 
 
-def training_data(size: int = 4096) -> Dataset:
-    problems = arithmetic.problems(arithmetic.TRAIN_SEED, size)
-    return Dataset.from_list([{"prompt": arithmetic.prompt(problems[i]), "problem": i} for i in range(size)])
+def training_data(size: int) -> Dataset:
+    problems = arithmetic.problems("train", size)
+    return Dataset.from_list([{"prompt": arithmetic.prompt(entry), "problem": i} for i, entry in enumerate(problems)])
 
 
 def verified(completions: list[str], problem: list[int], **kwargs) -> list[float]:
     """The reward: reasoning-gym's verifier."""
-    problems = arithmetic.problems(arithmetic.TRAIN_SEED, 4096)
+    problems = arithmetic.problems("train", PROBLEMS)
     return [arithmetic.score(c.replace(" ", ""), problems[i]) for c, i in zip(completions, problem, strict=True)]
 
 
@@ -79,7 +82,7 @@ def config(args: argparse.Namespace, folder: Path) -> A3POConfig:
 def heat_map_rollouts(model, tokens, objective) -> list[figures.Rollout]:
     """A few rollouts of the model before training, with what the objective makes of their tokens."""
     torch.manual_seed(0)
-    entries = [e for e in list(arithmetic.problems(arithmetic.EVALUATION_SEED, 64))[:16] for _ in range(8)]
+    entries = [entry for entry in arithmetic.problems("held-out", 16) for _ in range(8)]
     rollouts = respond(model, tokens, entries)
     batch = rollouts.batch()
     groups = torch.arange(16, device=rollouts.rewards.device).repeat_interleave(8)
@@ -88,7 +91,7 @@ def heat_map_rollouts(model, tokens, objective) -> list[figures.Rollout]:
         out = policy_loss_from_model(model, batch, objective)
     shown = []
     for reward in (1.0, 0.0):
-        rows = ((rollouts.rewards == reward) & (batch["advantages"] != 0)).nonzero().flatten().tolist()
+        rows = (rollouts.rewards == reward).nonzero().flatten().tolist()
         for row in rows[:12:4]:
             kept = batch["completion_mask"][row]
             width = kept.shape[0]
@@ -108,10 +111,11 @@ def heat_map_rollouts(model, tokens, objective) -> list[figures.Rollout]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="a3po", choices=PRESETS)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="of the model, if it is not there yet")
     parser.add_argument("--folder", type=Path, default=Path("build/demo"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -119,7 +123,7 @@ def main() -> None:
     folder = args.folder / args.objective
     folder.mkdir(parents=True, exist_ok=True)
 
-    warm_up(args.folder / "warm-up")
+    warm_up(args.folder / "warm-up", args.warm_up_steps)
     tokens = arithmetic.tokenizer()
     model = LlamaForCausalLM.from_pretrained(args.folder / "warm-up")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +133,7 @@ def main() -> None:
     figures.draw_tokens(heat_map_rollouts(model, tokens, objective), args.objective, folder / "tokens.png")
 
     set_seed(args.seed)
-    trainer = A3POTrainer(model, verified, settings, train_dataset=training_data(), processing_class=tokens)
+    trainer = A3POTrainer(model, verified, settings, train_dataset=training_data(PROBLEMS), processing_class=tokens)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(MetricsLine(every=10))

@@ -58,7 +58,7 @@ def respond(model, tokens, entries: list[dict], *, greedy: bool = False) -> Roll
 def evaluate(model, tokens, *, problems: int = 256, samples: int = 4, seed: int = 0) -> dict[str, float]:
     """On held-out problems: accuracy of sampled responses with its standard error over problems, and of greedy ones;
     mean entropy (nats) and number of all tokens of the sampled responses. The same seed draws the same noise."""
-    entries = list(arithmetic.problems(arithmetic.EVALUATION_SEED, problems))
+    entries = arithmetic.problems("held-out", problems)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         drawn = [respond(model, tokens, entries) for _ in range(samples)]
@@ -80,11 +80,11 @@ def evaluate(model, tokens, *, problems: int = 256, samples: int = 4, seed: int 
 
 def worked_batches(tokens, steps: int, size: int) -> Iterator[dict[str, Tensor]]:
     """Padded batches of prompts with their worked responses; labels are -100 at the prompt."""
-    data = arithmetic.problems(arithmetic.WARM_UP_SEED, steps * size)
-    careless = random.Random(arithmetic.WARM_UP_SEED)
+    data = arithmetic.problems("warm-up", steps * size)
+    careless = random.Random(0)
     for step in range(steps):
         rows = []
-        for entry in (data[i] for i in range(step * size, (step + 1) * size)):
+        for entry in data[step * size : (step + 1) * size]:
             prompt = tokens(arithmetic.prompt(entry), add_special_tokens=False)["input_ids"]
             text = arithmetic.worked_response(entry, careless if careless.random() < CARELESS else None)
             response = tokens(text, add_special_tokens=False)["input_ids"]
@@ -97,12 +97,7 @@ def worked_batches(tokens, steps: int, size: int) -> Iterator[dict[str, Tensor]]
         yield batch
 
 
-def _warm_up_rate(step: int) -> float:
-    """Up in 30 steps, then half a cosine down to a tenth."""
-    return min(1.0, (step + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * step / WARM_UP_STEPS))
-
-
-def warm_up(folder: Path, seed: int = 0) -> None:
+def warm_up(folder: Path, steps: int = WARM_UP_STEPS, seed: int = 0) -> None:
     """Trains a new model on worked responses for a minute and saves it in `folder`, unless it is there."""
     if (folder / "tokenizer_config.json").exists():
         return
@@ -110,9 +105,11 @@ def warm_up(folder: Path, seed: int = 0) -> None:
     tokens, model = arithmetic.tokenizer(), arithmetic.model()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_rate)
-    batches = worked_batches(tokens, WARM_UP_STEPS, WARM_UP_BATCH)
-    bar = tqdm(batches, desc="supervised warm-up", total=WARM_UP_STEPS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        # Up in 30 steps, then half a cosine down to a tenth.
+        optimizer, lambda step: min(1.0, (step + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+    )  # fmt: skip
+    bar = tqdm(worked_batches(tokens, steps, WARM_UP_BATCH), desc="supervised warm-up", total=steps)
     for batch in bar:
         loss = model(**batch.to(model.device)).loss
         loss.backward()

@@ -21,7 +21,7 @@ from a3po_kernels.integrations.transformers import (
     token_logprobs_from_model,
 )
 from examples import arithmetic
-from examples.rollouts import evaluate, respond, warm_up
+from examples.rollouts import WARM_UP_STEPS, evaluate, respond, warm_up
 
 
 def train(
@@ -38,7 +38,7 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Trains in place, `prompts` x `samples` rollouts a step and `iterations` updates on them; yields their metrics."""
     torch.manual_seed(seed)
-    problems = list(arithmetic.problems(arithmetic.TRAIN_SEED, 4096))
+    problems = arithmetic.problems("train", 4096)
     groups = torch.arange(prompts, device=model.device).repeat_interleave(samples)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     order = torch.randperm(len(problems))
@@ -76,10 +76,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="of the model, if it is not there yet")
     parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="where the warmed-up model is kept")
     args = parser.parse_args()
 
-    warm_up(args.folder / "warm-up")
+    warm_up(args.folder / "warm-up", args.warm_up_steps)
     tokens = arithmetic.tokenizer()
     model = LlamaForCausalLM.from_pretrained(args.folder / "warm-up")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
