@@ -46,8 +46,10 @@ def draw_curves(history: list[dict], before: dict, after: dict, name: str, path:
         "response length, tokens": {"completions/mean_length": "length"},
         "weight of the selected tokens, β(step)": {"weight_beta": "β"},
         "clipped tokens, share": {"clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high"},
+        "tokens with a gradient, share": {"active_fraction": "active"},
     }  # fmt: skip
-    figure, axes = plt.subplots(1, len(panels), figsize=(20, 3.8), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    axes = axes.flatten()
     steps = [row["step"] for row in history]
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         for index, (key, label) in enumerate(curves.items()):

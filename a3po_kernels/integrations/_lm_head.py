@@ -102,6 +102,20 @@ def _without_adapter(head: Any) -> tuple[nn.Module, tuple[Tensor, Tensor, float]
     return base, (a.weight, b.weight, float(head.scaling[name]))
 
 
+def _differentiable(result: Any) -> list[Tensor]:
+    fields = result if isinstance(result, tuple) else (result,)
+    return [value for value in fields if isinstance(value, Tensor) and value.requires_grad]
+
+
+def _with_tensors(result: Any, tensors: list[Tensor]) -> Any:
+    """The result with its differentiable tensors replaced, in order."""
+    if not isinstance(result, tuple):
+        return tensors[0] if tensors else result
+    rest = iter(tensors)
+    fields = [next(rest) if isinstance(v, Tensor) and v.requires_grad else v for v in result]
+    return type(result)(*fields) if hasattr(result, "_fields") else tuple(fields)
+
+
 class _Switch:
     """The forward of a head module: its own, until a computation is put in its place."""
 
@@ -117,12 +131,20 @@ class _Switch:
             return self.own(hidden, *args, **kwargs)
         result = self.compute(hidden)
         self.results.append(result)
-        # In place of the logits: connected to the result, for wrappers that look for it in the model's output.
-        fields = result if isinstance(result, tuple) else (result,)
-        for value in fields:
-            if isinstance(value, Tensor) and value.requires_grad and value.numel():
-                return value.reshape(-1)[:1].view(1, 1, 1)
-        return hidden.new_zeros(1, 1, 1)
+        # In the logits' place goes what a gradient may come back through.
+        parts = [value.reshape(-1) for value in _differentiable(result)]
+        return torch.cat(parts).view(1, 1, -1) if parts else hidden.new_zeros(1, 1, 1)
+
+    @torch.compiler.disable
+    def after_hooks(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Takes the last result's tensors from the module's output, on which wrappers have put their hooks (FSDP2's
+        gathers the weight again before backward)."""
+        if self.compute is None:
+            return
+        tensors = _differentiable(self.results[-1])
+        pieces = output.view(-1).split([value.numel() for value in tensors]) if tensors else ()
+        views = [piece.view(value.shape) for piece, value in zip(pieces, tensors, strict=True)]
+        self.results[-1] = _with_tensors(self.results[-1], views)
 
 
 _switches: WeakKeyDictionary[nn.Module, _Switch] = WeakKeyDictionary()
@@ -173,10 +195,12 @@ def swap_head(model: nn.Module, compute: Callable[..., Any]) -> Iterator[list[An
     had, own = "forward" in module.__dict__, module.forward
     switch.own, switch.compute, switch.results = own, run, []
     module.forward = switch
+    handle = module.register_forward_hook(switch.after_hooks)
     try:
         yield switch.results
     finally:
         switch.compute = None
+        handle.remove()
         if had:
             module.forward = own
         else:

