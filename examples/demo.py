@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--objective", default="a3po", choices=PRESETS)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
-    parser.add_argument("--iterations", type=int, default=2, help="updates on each batch of rollouts")
+    parser.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="of the model, if it is not there yet")
     parser.add_argument("--folder", type=Path, default=Path("build/demo"))

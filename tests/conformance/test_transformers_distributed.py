@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,9 +36,15 @@ def wrap(name, model):
     return fully_shard(model)
 
 
+def join(rank: int, folder: str) -> None:
+    # A collective that waits for long is an error, not a test that never ends.
+    options = {"rank": rank, "world_size": RANKS, "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", **options)
+
+
 def worker(rank: int, folder: str, name: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    join(rank, folder)
     model = wrap(name, tiny.build(WRAPPED[name]))
     batch = tiny.batch(rollouts=4)
     mine = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
@@ -77,7 +85,7 @@ def refused(rank: int, folder: str) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    join(rank, folder)
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
     model = tiny.build()
     model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))

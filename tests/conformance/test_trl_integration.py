@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
+ROOT = Path(__file__).resolve().parents[2]
 # Two trainers take the same few fp32 steps: losses below 1, gradient norms below 10, a hundred roundings each.
 LOSS, GRADIENT = 3e-6, 3e-5
 DATA = Dataset.from_dict({"prompt": [f"{i}+{i + 1}=" for i in range(32)]})
@@ -213,6 +216,21 @@ def test_every_preset_trains_off_policy(name, folders, tmp_path):
     assert row["grad_norm"] > 0 and 0 < row["active_fraction"] <= 1
     start = parameters(trainer(A3POTrainer, A3POConfig, folders / "llama", tmp_path))
     assert not torch.equal(parameters(made), start)
+
+
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_the_two_lines_of_the_readme(sign, folders, tmp_path, monkeypatch):
+    """The README's diff, before and after, with its defaults."""
+    blocks = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (diff,) = [block for block in blocks if "GRPOTrainer" in block]
+    lines = diff.splitlines()
+    assert sum(line.startswith("+") for line in lines) == sum(line.startswith("-") for line in lines) == 2
+    program = "\n".join(line[1:] for line in lines if line.startswith((sign, " ")))
+    monkeypatch.chdir(tmp_path)
+    names = {"model": str(folders / "llama"), "dataset": DATA.select(range(2))}
+    exec(program, names)
+    assert type(names["trainer"]).__name__ == ("GRPOTrainer" if sign == "-" else "A3POTrainer")
+    assert names["trainer"].state.global_step > 0
 
 
 def test_metrics(folders, tmp_path):
