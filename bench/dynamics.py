@@ -27,8 +27,8 @@ FIGURE = ROOT / "docs" / "images" / "dynamics.png"
 OBJECTIVES = ("grpo", "dapo", "psr", "nsr", "w_reinforce", "fork_tokens", "lp_reg", "a3po")
 SEEDS = 8
 # Everything a row depends on besides objective and seed; a change starts the table anew.
-SETTING = {"steps": 80, "prompts": 16, "samples": 8, "iterations": 2, "rate": 1e-4}
-EVERY = 20
+SETTING = {"warm_up": 700, "steps": 40, "prompts": 16, "samples": 8, "iterations": 2, "rate": 1e-4}
+EVERY = 10
 
 
 def rows() -> list[dict]:
@@ -51,7 +51,8 @@ def run_piece(objective: str, seed: int, folder: Path) -> list[dict]:
     start = time.perf_counter()
     found = [{**key, "step": 0, "reward": None, **evaluate(model, tokens), "seconds": 0.0}]
     rewards = []
-    for metrics in train(model, tokens, getattr(a3po_kernels, objective)(), seed=seed, **SETTING):
+    options = {name: value for name, value in SETTING.items() if name != "warm_up"}
+    for metrics in train(model, tokens, getattr(a3po_kernels, objective)(), seed=seed, **options):
         rewards.append(metrics["reward"])
         if metrics["step"] % EVERY == 0:
             measured = {**evaluate(model, tokens), "seconds": round(time.perf_counter() - start, 1)}
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from examples.rollouts import warm_up
 
     torch.set_num_threads(args.threads)
-    warm_up(args.folder)
+    warm_up(args.folder, SETTING["warm_up"])
     done = {(row["objective"], row["seed"]) for row in rows()}
     pieces = [(name, seed) for seed in range(args.seeds) for name in OBJECTIVES]
     mine = [piece for piece in pieces[args.worker :: args.workers] if piece not in done]

@@ -111,7 +111,7 @@ def heat_map_rollouts(model, tokens, objective) -> list[figures.Rollout]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="a3po", choices=PRESETS)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")
     parser.add_argument("--seed", type=int, default=0)

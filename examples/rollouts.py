@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from a3po_kernels.integrations.transformers import token_logprobs_from_model
 from examples import arithmetic
 
-WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE = 400, 64, 2e-3
+WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE = 700, 64, 2e-3
 CARELESS = 0.5  # share of the demonstrations
 
 

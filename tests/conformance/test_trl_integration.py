@@ -227,6 +227,8 @@ def test_the_two_lines_of_the_readme(sign, folders, tmp_path, monkeypatch):
     assert sum(line.startswith("+") for line in lines) == sum(line.startswith("-") for line in lines) == 2
     program = "\n".join(line[1:] for line in lines if line.startswith((sign, " ")))
     monkeypatch.chdir(tmp_path)
+    # TRL's defaults are those of a GPU; a machine without one must be told.
+    program = program.replace("max_completion_length=64", "max_completion_length=64, use_cpu=True, max_steps=2")
     names = {"model": str(folders / "llama"), "dataset": DATA.select(range(2))}
     exec(program, names)
     assert type(names["trainer"]).__name__ == ("GRPOTrainer" if sign == "-" else "A3POTrainer")
