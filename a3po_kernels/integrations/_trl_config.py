@@ -114,7 +114,9 @@ class A3POConfig(GRPOConfig):
             if given:
                 raise ValueError(f"{given[0]} is a field of the presets; set it on the Objective that was given")
             return self.objective
-        if self.epsilon is not None and self.epsilon_high is None and self.objective != "cispo":
+        if self.epsilon is not None and self.objective == "cispo":
+            raise ValueError("epsilon means nothing to the objective 'cispo', as in TRL: its bound is epsilon_high")
+        if self.epsilon is not None and self.epsilon_high is None:
             options["epsilon_high"] = self.epsilon
         if self.objective == "sapo":
             options.update(tau_positive=self.sapo_temperature_pos, tau_negative=self.sapo_temperature_neg)

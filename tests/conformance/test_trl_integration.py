@@ -366,6 +366,8 @@ def test_a_config_is_a_command_line_and_json():
         ({"objective": "ppo"}, "objective must be an Objective or one of a3po, .*; got 'ppo'"),
         ({"objective": "dapo", "rho": 2.0}, "rho means nothing to the objective 'dapo', which takes .*epsilon_high"),
         ({"objective": "cispo", "dual_clip": 2.0}, "dual_clip means nothing"),
+        ({"objective": "cispo", "epsilon": 0.2}, "its bound is epsilon_high"),
+        ({"objective": "sapo", "epsilon": 0.2}, "epsilon means nothing"),
         ({"objective": "a3po", "token_ratio": 1.5}, "ratio"),
         ({"objective": ak.dapo(), "rho": 2.0}, "rho is a field of the presets"),
         ({"objective": ak.dapo(kl_coef=0.1), "beta": 0.2}, "differ"),
