@@ -1,7 +1,7 @@
 """How objectives differ in training: entropy, accuracy and length from one warmed-up model, several seeds each.
 
     python -m bench.dynamics run       # the pieces that are missing; stop and start it as you like
-    python -m bench.dynamics figure    # docs/images/dynamics.png, and the table of docs/dynamics.md on stdout
+    python -m bench.dynamics figure    # docs/images/dynamics.png, and the tables of docs/dynamics.md on stdout
 
 A piece is one objective and one seed. It is appended to bench/results/cpu/dynamics.jsonl once done: a row for each
 evaluation, with the fields setting, objective, seed, step, and those of examples.rollouts.evaluate; reward is the mean
@@ -29,6 +29,7 @@ SEEDS = 8
 # Everything a row depends on besides objective and seed; a change starts the table anew.
 SETTING = {"warm_up": 700, "steps": 40, "prompts": 16, "samples": 8, "iterations": 2, "rate": 1e-4}
 EVERY = 10
+TABLES = (10, 40)  # early, and the end
 
 
 def rows() -> list[dict]:
@@ -93,9 +94,8 @@ def curve(data: list[dict], objective: str, field: str) -> tuple[list[int], list
     return steps, [mean for mean, _ in points], [error for _, error in points]
 
 
-def table(data: list[dict]) -> str:
-    """The last evaluation of each objective as a Markdown table: mean over seeds +- standard error over seeds."""
-    last = max(row["step"] for row in data)
+def table(data: list[dict], step: int) -> str:
+    """Each objective's evaluation at a step as a Markdown table: mean over seeds ± standard error over seeds."""
     fields = ("accuracy", "greedy_accuracy", "solved_once", "entropy", "length")
     lines = [
         "| objective | seeds | accuracy, sampled | accuracy, greedy | solved by one of 4 | entropy, nats | length |",
@@ -104,7 +104,7 @@ def table(data: list[dict]) -> str:
     first = next(row for row in data if row["step"] == 0)
     lines.append("| before | | " + " | ".join(f"{first[f]:.3f}" for f in fields[:-1]) + f" | {first['length']:.1f} |")
     for name in OBJECTIVES:
-        ends = [row for row in data if row["objective"] == name and row["step"] == last]
+        ends = [row for row in data if row["objective"] == name and row["step"] == step]
         if not ends:
             continue
         cells = []
@@ -153,7 +153,8 @@ def main() -> None:
         run(args)
     else:
         figure(rows(), FIGURE)
-        print(table(rows()))
+        for step in TABLES:
+            print(f"After {step} steps:\n\n{table(rows(), step)}\n")
 
 
 if __name__ == "__main__":

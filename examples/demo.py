@@ -31,8 +31,6 @@ LINE = {
     "reward": "reward", "entropy": "entropy", "positive": "entropy/positive", "negative": "entropy/negative",
     "length": "completions/mean_length", "beta": "weight_beta", "clipped": "clip_ratio/region_mean",
 }  # fmt: skip
-
-
 PROBLEMS = 4096
 
 
@@ -49,7 +47,7 @@ class MetricsLine(TrainerCallback):
         self.bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "reward" in logs and state.global_step % self.every == 0:
+        if logs and "loss" in logs and state.global_step % self.every == 0:
             known = {name: float(logs[key]) for name, key in LINE.items() if logs.get(key) is not None}
             numbers = "  ".join(f"{name} {value:.3f}" for name, value in known.items())
             self.bar.write(f"step {state.global_step:4d}  {numbers}")
@@ -140,7 +138,8 @@ def main() -> None:
     trainer.train()
 
     after = evaluate(trainer.model, tokens)
-    history = [row for row in trainer.state.log_history if "reward" in row]
+    # A step on rollouts of the step before has a loss and no reward.
+    history = [row for row in trainer.state.log_history if "loss" in row]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     figures.draw_curves(history, before, after, args.objective, folder / "curves.png")
     seconds = round(time.perf_counter() - start, 1)

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 @dataclass
 class Rollout:
-    """One response, token by token; a weight other than 1 marks a token that the objective selected or dropped."""
+    """One response, token by token; the objective dropped the tokens of weight 0, and weighs those not 1 otherwise."""
 
     prompt: str
     tokens: list[str]
@@ -71,7 +71,7 @@ def draw_curves(history: list[dict], before: dict, after: dict, name: str, path:
 
 
 def draw_tokens(rollouts: list[Rollout], name: str, path: Path) -> None:
-    """Each rollout as two rows of coloured tokens, probability and entropy; selected tokens are framed and weighed."""
+    """Each rollout as two rows of coloured tokens, probability and entropy; weighed ones framed, dropped ones pale."""
     width = max(len(rollout.tokens) for rollout in rollouts)
     highest = max(max(rollout.entropy) for rollout in rollouts)
     figure, axes = plt.subplots(
@@ -88,7 +88,9 @@ def draw_tokens(rollouts: list[Rollout], name: str, path: Path) -> None:
             text = "end" if token == "<eos>" else token
             size = 8 if len(text) > 1 else 11
             axis.text(x + 0.5, 0.5, text, ha="center", va="center", fontsize=size, family="monospace")
-            if weight != 1.0:
+            if weight == 0.0:
+                axis.add_patch(plt.Rectangle((x, 0), 1, 2, facecolor="w", alpha=0.75, linewidth=0))
+            elif weight != 1.0:
                 axis.add_patch(plt.Rectangle((x + 0.04, 0.04), 0.92, 1.92, fill=False, linewidth=2.0))
                 dark = rollout.entropy[x] > highest / 2
                 axis.text(
@@ -100,6 +102,6 @@ def draw_tokens(rollouts: list[Rollout], name: str, path: Path) -> None:
         axis.set_title(f"{rollout.prompt}   ({verdict})", fontsize=9, loc="left", family="monospace")
     figure.colorbar(scales[0], ax=axes, fraction=0.012, pad=0.005).set_label("probability", fontsize=8)
     figure.colorbar(scales[1], ax=axes, fraction=0.012, pad=0.005).set_label("entropy, nats", fontsize=8)
-    figure.suptitle(f"{name}: tokens before training; frames mark the tokens whose weight is not 1", fontsize=10)
+    figure.suptitle(f"{name}: tokens before training; framed: weight not 1; pale: dropped", fontsize=10)
     figure.savefig(path, dpi=100)
     plt.close(figure)
