@@ -1,0 +1,96 @@
+"""The run that bench_logits and bench_linear share: every provider on every problem, time and peak."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from tqdm.auto import tqdm
+
+from bench import harness, providers
+from bench.harness import Problem
+
+
+def peak(problem: Problem, provider: harness.Provider, device: torch.device) -> int:
+    """Peak bytes above the inputs of forward + backward, here."""
+    batch = providers.inputs(problem, device)
+    return harness.peak_bytes(lambda: step(provider, batch), device)
+
+
+def step(provider: harness.Provider, batch: dict) -> None:
+    provider.forward(providers.leaves(batch)).backward()
+
+
+def failures(listed: list[harness.Provider], batch: dict, device: torch.device) -> dict[str, str]:
+    """Why those cannot run here that cannot: each is tried once."""
+    found = {}
+    for provider in listed:
+        reason = provider.missing(device)
+        if reason is None:
+            try:
+                provider.forward(providers.leaves(batch, copy=True)).backward()
+            except Exception as error:  # a peer may fail in any way, and the others go on
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        if reason is not None:
+            found[provider.name] = reason
+    return found
+
+
+def encode(problem: Problem) -> str:
+    fields = (problem.rows, problem.vocabulary, problem.hidden, str(problem.dtype).split(".")[1], problem.active_fraction)
+    return json.dumps([problem.operation, *fields])
+
+
+def decode(text: str) -> Problem:
+    operation, rows, vocabulary, hidden, dtype, share = json.loads(text)
+    return Problem(operation, rows, vocabulary, hidden, getattr(torch, dtype), active_fraction=share)
+
+
+def peak_in_a_process(problem: Problem, provider: harness.Provider, args: argparse.Namespace) -> int:
+    """A CPU's high-water mark is the process's: each provider gets one of its own."""
+    options = ("--threads", str(args.threads), "--device", str(args.device))
+    return int(harness.run_module("bench._compare", encode(problem), provider.name, *options).split()[-1])
+
+
+def compare(problems: list[Problem], args: argparse.Namespace, repeats: int) -> list[dict]:
+    """Rows of all providers on all problems; a table of each on stdout."""
+    device = args.device
+    known = harness.ceilings(device, {problem.dtype for problem in problems}, args.quick)
+    rows = []
+    for problem in problems:
+        listed = providers.table(problem)
+        batch = providers.inputs(problem, device)
+        skipped = failures(listed, batch, device)
+        present = [p for p in listed if p.name not in skipped]
+        made = {p.name: lambda p=p: providers.leaves(batch, copy=p.inplace) for p in present}
+        with tqdm(total=len(present) * (repeats + 1), desc=str(problem), leave=False) as bar:
+            times = harness.measure(present, made, device, repeats, bar)
+        del batch, made
+        measure = peak if device.type == "cuda" else None
+        peaks = {}
+        for provider in tqdm(present, desc=f"{problem}: memory", leave=False):
+            found = measure(problem, provider, device) if measure else peak_in_a_process(problem, provider, args)
+            peaks[provider.name] = found / 1e6
+        found = harness.make_rows(problem, listed, times, providers.BASELINE, known, device, skipped, peaks)
+        print(f"\n{problem}, {harness.device_name(device)}")
+        harness.print_rows(found)
+        rows += found
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One provider's peak in bytes; the other benchmarks call this.")
+    parser.add_argument("problem", type=decode)
+    parser.add_argument("provider")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    args = parser.parse_args()
+    if args.device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    provider = providers.named(f"{args.problem.operation}:{args.provider}")
+    print(peak(args.problem, provider, args.device))
+
+
+if __name__ == "__main__":
+    main()

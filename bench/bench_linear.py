@@ -1,0 +1,38 @@
+"""The linear head by each of its routes beside plain PyTorch, torch.compile and the peers: time and peak memory.
+
+    python -m bench.bench_linear [--quick]
+
+Writes bench/results/<device>/linear.jsonl.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench import harness
+from bench._compare import compare
+from bench.harness import Problem
+
+
+def problems(device: torch.device, quick: bool) -> list[Problem]:
+    if device.type == "cuda":
+        half = torch.bfloat16
+        if quick:
+            return [Problem("linear", 8190, 128256, 4096, half)]
+        sizes = [(8190, 128256, 4096), (8190, 151936, 4096), (8190, 32000, 4096), (8190, 151936, 1536), (4100, 262144, 2048)]
+        found = [Problem("linear", n, v, h, half) for n, v, h in sizes]
+        return [*found[:1], *(Problem("linear", 8190, 128256, 4096, half, active_fraction=f) for f in (0.2, 0.5)), *found[1:]]
+    if quick:
+        return [Problem("linear", 120, 32000, 128)]
+    dense = [Problem("linear", 1020, 32000, 512), Problem("linear", 510, 32000, 512, torch.bfloat16)]
+    return [*dense, Problem("linear", 1020, 32000, 512, active_fraction=0.2)]
+
+
+def main() -> None:
+    args = harness.start(harness.arguments(__doc__).parse_args())
+    repeats = args.repeats or (3 if args.quick else 5 if args.device.type == "cpu" else 10)
+    harness.write(compare(problems(args.device, args.quick), args, repeats), args.folder / "linear.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The logits path beside plain PyTorch, torch.compile and the peers: time forward and backward, and peak memory.
+
+    python -m bench.bench_logits [--quick]
+
+Writes bench/results/<device>/logits.jsonl.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench import harness
+from bench._compare import compare
+from bench.harness import Problem
+
+
+def problems(device: torch.device, quick: bool) -> list[Problem]:
+    if device.type == "cuda":
+        if quick:
+            return [Problem("logits", 8190, 151936, dtype=torch.bfloat16)]
+        sizes = [(2050, 151936), (8190, 32000), (8190, 128256), (8190, 151936), (4100, 262144), (32760, 32000)]
+        found = [Problem("logits", n, v, dtype=torch.bfloat16) for n, v in sizes]
+        sparse = [Problem("logits", 8190, 151936, dtype=torch.bfloat16, active_fraction=f) for f in (0.2, 0.5)]
+        return [*found, *sparse, Problem("logits", 4100, 128256, dtype=torch.float32)]
+    if quick:
+        return [Problem("logits", 120, 32000)]
+    sizes = [(1020, 32000, torch.float32), (1020, 32000, torch.bfloat16), (210, 151936, torch.float32)]
+    found = [Problem("logits", n, v, dtype=dtype) for n, v, dtype in sizes]
+    return [*found, Problem("logits", 1020, 32000, active_fraction=0.2)]
+
+
+def main() -> None:
+    args = harness.start(harness.arguments(__doc__).parse_args())
+    repeats = args.repeats or (3 if args.quick else 7 if args.device.type == "cpu" else 20)
+    harness.write(compare(problems(args.device, args.quick), args, repeats), args.folder / "logits.jsonl")
+
+
+if __name__ == "__main__":
+    main()

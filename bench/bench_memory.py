@@ -1,0 +1,94 @@
+"""Peak memory of each provider at two sizes, and the largest number of tokens that fits a budget.
+
+    python -m bench.bench_memory [--quick] [--budget MB]
+
+Writes bench/results/<device>/memory.jsonl: provider, operation, vocabulary, hidden, dtype, budget_mb (above the
+inputs), largest_rows (of the numbers tried, the greatest whose peak was within the budget; null if none), peaks
+({rows: MB measured}), model_mb ({rows: MB} by estimate_memory, for this package's linear head), skipped, device, threads,
+versions, commit. Every measurement is in a process of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from tqdm.auto import tqdm
+
+import a3po_kernels
+from bench import harness, providers
+from bench._compare import peak_in_a_process
+from bench.harness import Problem
+
+STEP = 30  # rows; a multiple of providers.ROLLOUTS
+ROUTES = {"ours, one pass": "one-pass", "ours, recompute": "recompute"}
+
+
+def largest(measure, budget: float, start: int, most: int, tries: int) -> tuple[int | None, dict[int, float]]:
+    """The greatest number of rows tried whose peak (MB) is within the budget, and all that was measured.
+
+    Peaks grow nearly in a line: two sizes give it, and each further try starts from the nearest ones on both sides.
+    """
+    peaks = {rows: measure(rows) for rows in (start, 2 * start)}
+    for _ in range(tries):
+        below = max((rows for rows, peak in peaks.items() if peak <= budget), default=0)
+        above = min((rows for rows, peak in peaks.items() if peak > budget), default=None)
+        known = sorted(peaks)[-2:] if above is None else [rows for rows in (below, above) if rows]
+        if len(known) < 2:
+            known = sorted(peaks)[:2]
+        slope = (peaks[known[1]] - peaks[known[0]]) / (known[1] - known[0])
+        guess = most if slope <= 0 else known[0] + (budget - peaks[known[0]]) / slope
+        guess = min(int(guess * 0.99) // STEP * STEP, most)
+        if above is not None:
+            guess = min(max(guess, below + STEP), above - STEP)
+        if guess <= 0 or guess in peaks:
+            break
+        peaks[guess] = measure(guess)
+    return max((rows for rows, peak in peaks.items() if peak <= budget), default=None), peaks
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--budget", type=float, help="MB above the inputs")
+    args = harness.start(parser.parse_args())
+    gpu = args.device.type == "cuda"
+    sizes = (128256, 4096, torch.bfloat16) if gpu else (32000, 128 if args.quick else 512, torch.float32)
+    budget = args.budget or (8000 if gpu else 100 if args.quick else 300)
+    begin, most = (2040, 262140) if gpu else (120, 720) if args.quick else (240, 4020)
+    rows = []
+    for operation in ("logits", "linear"):
+        vocabulary, hidden, dtype = sizes[0], sizes[1] if operation == "linear" else None, sizes[2]
+        for provider in tqdm(providers.table(Problem(operation, 0, vocabulary, hidden, dtype)), desc=operation):
+            where = harness.environment(args.device, provider.needs)
+            row = {
+                "provider": provider.name, "operation": operation, "vocabulary": vocabulary, "hidden": hidden,
+                "dtype": harness.dtype_name(dtype), "budget_mb": budget, "largest_rows": None, "peaks": None,
+                "model_mb": None, "skipped": provider.missing(args.device), **where,
+            }  # fmt: skip
+            rows.append(row)
+            if row["skipped"]:
+                continue
+
+            def measure(n: int, provider=provider, operation=operation, hidden=hidden) -> float:
+                problem = Problem(operation, n, vocabulary, hidden, dtype)
+                return peak_in_a_process(problem, provider, args) / 1e6
+
+            try:
+                row["largest_rows"], row["peaks"] = largest(measure, budget, begin, most, 1 if args.quick else 3)
+            except RuntimeError as error:  # a peer may fail in any way, and the others go on
+                row["skipped"] = str(error).strip().splitlines()[-1][:200]
+                continue
+            if route := ROUTES.get(provider.name):
+                row["model_mb"] = {
+                    n: a3po_kernels.estimate_memory(n, hidden, vocabulary, dtype, route=route, device=args.device)["total"]
+                    / 1e6
+                    for n in row["peaks"]
+                }
+    print(f"\n{'operation':11}{'provider':28}{'largest N':>10}   peaks, N: MB (budget {budget:.0f} MB above the inputs)")
+    for row in rows:
+        peaks = ", ".join(f"{n}: {peak:.0f}" for n, peak in sorted((row["peaks"] or {}).items()))
+        end = f"skipped: {row['skipped']}" if row["skipped"] else f"{row['largest_rows'] or '-':>10}   {peaks}"
+        print(f"{row['operation']:11}{row['provider']:28}{end}")
+    harness.write(rows, args.folder / "memory.jsonl")
+
+
+if __name__ == "__main__":
+    main()
