@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 import torch
 from tqdm.auto import tqdm
@@ -37,20 +36,15 @@ def failures(listed: list[harness.Provider], batch: dict, device: torch.device) 
     return found
 
 
-def encode(problem: Problem) -> str:
-    fields = (problem.rows, problem.vocabulary, problem.hidden, str(problem.dtype).split(".")[1], problem.active_fraction)
-    return json.dumps([problem.operation, *fields])
-
-
-def decode(text: str) -> Problem:
-    operation, rows, vocabulary, hidden, dtype, share = json.loads(text)
-    return Problem(operation, rows, vocabulary, hidden, getattr(torch, dtype), active_fraction=share)
+def _peak(problem: Problem, name: str, device: torch.device, threads: int) -> int:
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    return peak(problem, providers.named(f"{problem.operation}:{name}"), device)
 
 
 def peak_in_a_process(problem: Problem, provider: harness.Provider, args: argparse.Namespace) -> int:
-    """A CPU's high-water mark is the process's: each provider gets one of its own."""
-    options = ("--threads", str(args.threads), "--device", str(args.device))
-    return int(harness.run_module("bench._compare", encode(problem), provider.name, *options).split()[-1])
+    """A CPU's high-water mark is the process's: each measurement gets one of its own."""
+    return harness.in_a_process(_peak, problem, provider.name, args.device, args.threads)
 
 
 def compare(problems: list[Problem], args: argparse.Namespace, repeats: int) -> list[dict]:
@@ -77,20 +71,3 @@ def compare(problems: list[Problem], args: argparse.Namespace, repeats: int) -> 
         harness.print_rows(found)
         rows += found
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="One provider's peak in bytes; the other benchmarks call this.")
-    parser.add_argument("problem", type=decode)
-    parser.add_argument("provider")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", type=torch.device, default="cpu")
-    args = parser.parse_args()
-    if args.device.type == "cpu":
-        torch.set_num_threads(args.threads)
-    provider = providers.named(f"{args.problem.operation}:{args.provider}")
-    print(peak(args.problem, provider, args.device))
-
-
-if __name__ == "__main__":
-    main()

@@ -73,8 +73,8 @@ def main() -> None:
 
             try:
                 row["largest_rows"], row["peaks"] = largest(measure, budget, begin, most, 1 if args.quick else 3)
-            except RuntimeError as error:  # a peer may fail in any way, and the others go on
-                row["skipped"] = str(error).strip().splitlines()[-1][:200]
+            except Exception as error:  # a peer may fail in any way, and the others go on
+                row["skipped"] = f"{type(error).__name__}: {error}"[:200]
                 continue
             if route := ROUTES.get(provider.name):
                 row["model_mb"] = {

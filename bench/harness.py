@@ -10,13 +10,14 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -302,7 +303,7 @@ def resident(name: str) -> int:
 def peak_bytes(call: Callable, device: torch.device) -> int:
     """Peak memory of the second call() above what is held before it; on a CPU run it in a process of its own.
 
-    The first call loads libraries and compiles. run_module sees to it that a CPU's freed tensors go back at once.
+    The first call loads libraries and compiles. in_a_process sees to it that a CPU's freed tensors go back at once.
     """
     call()
     gc.collect()
@@ -363,12 +364,11 @@ def start(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def run_module(module: str, *options: str) -> str:
-    """Another benchmark in a process of its own; its stdout."""
+def in_a_process(call: Callable, *values):
+    """call(*values) in a process that has done nothing before but import this package and the peers."""
     # glibc would keep freed tensors below 32 MB for later, and the resident memory would not show them.
-    variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", module, *options]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
-    if result.returncode:
-        raise RuntimeError(f"{module} failed: {result.stderr[-2000:]}")
-    return result.stdout
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench._compare", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(call, *values).result()

@@ -1,23 +1,26 @@
 """Registers, spills, loads, barriers and instructions per element of every kernel, read from its machine code.
 
-Kernels are compiled ahead of time as the launcher would compile them; no GPU is needed.
+Kernels are compiled ahead of time as the launcher would compile them; no GPU is needed. The peers' forward kernels stand
+beside ours where they are installed, and with each GPU the two times that no kernel of so many instructions and bytes
+can beat there (bench/gpus.py).
 
-    python -m bench.machine_code [target ...]
+    python -m bench.machine_code [target ...]    # writes bench/results/machine_code.jsonl for all targets
 """
 
 from __future__ import annotations
 
-import functools
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import triton
 import triton.language as tl
 from triton import compile as triton_compile
 from triton import knobs
@@ -26,6 +29,7 @@ from triton.compiler import ASTSource
 
 from a3po_kernels.ops import _surrogate_kernels, _token_kernels, select_tokens, surrogate, token_logprobs
 from a3po_kernels.ops import min_p as min_p_op
+from bench.gpus import GPUS, LIMIT_ROWS, LIMIT_VOCABULARY
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,6 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+RESULTS = Path(__file__).resolve().parent / "results" / "machine_code.jsonl"
 _FP64 = (
     "exponent_scale", "logit_scale", "softcap", "log2_min_p", "low", "high", "dual_clip", "delta", "tau_positive",
     "tau_negative", "kl_coef", "entropy_coef", "beta",
@@ -46,7 +51,10 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration; `elements` is what one trip of its hot loop (or one program) handles."""
+    """One kernel in one configuration; `elements` is what one trip of its hot loop (or one program) handles.
+
+    A peer's kernel brings its own `types`; `passes` is how often it reads or writes the logits (None: not at all).
+    """
 
     name: str
     kernel: object
@@ -54,8 +62,13 @@ class Case:
     elements: int
     dtype: str = "bf16"
     num_warps: int = 4
+    types: dict | None = None
+    passes: int | None = None
+    source: str = "ours"
 
     def signature(self) -> dict[str, str]:
+        if self.types is not None:
+            return self.types
         types = {}
         for name in self.kernel.arg_names:
             if name in self.constants:
@@ -83,7 +96,8 @@ def _vocabulary_case(name: str, kernel, elements: int, num_warps: int, dtype: st
     merged = {**defaults, **constants}
     # A pointer that is given is an argument, not a constant.
     merged = {key: value for key, value in merged.items() if key in kernel.arg_names and value != "argument"}
-    return Case(name, kernel, merged, elements, dtype, num_warps)
+    passes = {"gradient": 2, "finish": None, "fold": None}.get(name.split()[0], 1)
+    return Case(name, kernel, merged, elements, dtype, num_warps, passes=passes)
 
 
 _OPTIONAL = ("reference_ptr", "importance_ptr", "proxy_ptr", "replaced_ptr", "d_entropy_ptr")
@@ -157,16 +171,15 @@ class MachineCode:
 
 
 def inspect(case: Case, target: str) -> MachineCode:
-    """Compiles a case of cases() and reads its machine code, once."""
-    return _inspect(case.name, target)
+    """Compiles a case and reads its machine code, once for its name."""
+    key = (case.source, case.name, target)
+    if key not in _seen:
+        read = _read_amd if target.startswith("gfx") else _read_nvidia
+        _seen[key] = read(case, compile_case(case, target))
+    return _seen[key]
 
 
-@functools.cache
-def _inspect(name: str, target: str) -> MachineCode:
-    case = next(case for case in cases() if case.name == name)
-    compiled = compile_case(case, target)
-    read = _read_amd if target.startswith("gfx") else _read_nvidia
-    return read(case, compiled)
+_seen: dict[tuple[str, str, str], MachineCode] = {}
 
 
 def _innermost(code: list[tuple[str, str]], labels: dict[str, int], is_branch) -> list[str]:
@@ -255,19 +268,42 @@ def _read_amd(case: Case, compiled) -> MachineCode:
     return MachineCode(metadata("vgpr_count"), spills, compiled.metadata.shared, **figures)
 
 
-def main(targets: list[str]) -> None:
-    header = ("kernel", "target", "registers", "spills", "shared", "widest load", "barriers in loop", "instr/element")
-    rows = [header]
-    for target in targets or list(TARGETS):
-        for case in cases():
+def data(targets: list[str], extra: list[Case] | tuple[Case, ...] = ()) -> list[dict]:
+    """A row for each kernel and target: MachineCode's fields, and for each GPU of the target the times of its limits."""
+    rows = []
+    for target in targets:
+        for case in [*cases(), *extra]:
             found = inspect(case, target)
-            rows.append((
-                case.name, target, *map(str, (found.registers, found.spills, found.shared, found.widest_load)),
-                str(found.barriers_in_loop), f"{found.per_element:.2f}{'' if found.loop_instructions else ' (whole)'}",
-            ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+            row = {"kernel": case.name, "source": case.source, "dtype": case.dtype, "target": target,
+                   "triton": triton.__version__, **asdict(found)}  # fmt: skip
+            limits = {}
+            if case.passes is not None:
+                limits = {gpu.name: gpu.limits(found.per_element, case.dtype, case.passes) for gpu in GPUS
+                          if gpu.target == target}  # fmt: skip
+            rows.append({**row, "rows": LIMIT_ROWS, "vocabulary": LIMIT_VOCABULARY, "limits_ms": limits})
+    return rows
+
+
+def main(targets: list[str]) -> None:
+    from bench.machine_code_peers import peer_cases
+
+    header = ("kernel", "source", "target", "registers", "spills", "shared", "load", "barriers", "instr/element",
+              "limits: instructions | bytes, ms")  # fmt: skip
+    found = data(targets or list(TARGETS), peer_cases())
+    table = [header]
+    for row in found:
+        limits = "; ".join(
+            f"{gpu} {times['instructions']:.2f} | {times['bytes']:.2f}" for gpu, times in row["limits_ms"].items()
+        )
+        keys = ("kernel", "source", "target", "registers", "spills", "shared", "widest_load", "barriers_in_loop")
+        whole = "" if row["loop_instructions"] else " (whole)"
+        table.append((*(str(row[key]) for key in keys), f"{row['per_element']:.2f}{whole}", limits))
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if not targets:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from ._transform import Transform
 # Columns of one program: a function of nothing but this constant and V, for batch invariance.
 SPLIT = 32768
 _LANES = 256
+_WARPS = 4
 _CAPPED_LANES = 128 if torch.version.hip is None else 256  # tanh needs registers; an AMD warp has 64 threads
 _FINISH_ROWS = 128
 # Bytes of a row that one program of the gradient writes.
 _GRADIENT_BYTES = 16384
+_GRADIENT_WARPS = 8
 
 
 class TokenStats(NamedTuple):
@@ -69,7 +71,7 @@ def fold_statistics(
         partial_statistics_kernel[(rows, splits)](
             logits, targets, transform.temperature, partial, *shared,
             HAS_SOFTCAP=capped, ALIGNED=is_aligned(logits), SPLIT=SPLIT, LANES=_CAPPED_LANES if capped else _LANES,
-            VEC=vector_width(logits), COMPUTE=compute, num_warps=4, enable_fp_fusion=True,
+            VEC=vector_width(logits), COMPUTE=compute, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
             logits, targets, transform.temperature, partial, state, *results, *shared, first_column,
@@ -128,7 +130,7 @@ def write_gradient(
             transform.ignore_index, transform.exponent_scale, transform.logit_scale, transform.softcap or 1.0,
             first_column,
             HAS_SOFTCAP=bool(transform.softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
-            BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=8, enable_fp_fusion=True,
+            BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=_GRADIENT_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
