@@ -27,7 +27,7 @@ INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpre
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench bench-trl demo train-plain dynamics clean distclean
+.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench demo train-plain dynamics clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -86,12 +86,10 @@ test-verl: .venv-verl/.stamp  ## conformance with verl, in .venv-verl
 test-triton36: .venv-triton36/.stamp  ## the kernels in the interpreter of Triton 3.6, in .venv-triton36
 	TRITON_INTERPRET=1 $(call PYTEST,.venv-triton36,triton36) -m "interpreter and $(OTHERS)" $(PYTEST_ARGS)
 
-bench: env  ## time and peak memory against plain PyTorch, on the CPU
-	PYTHONPATH=. $(VENV)/bin/python bench/cpu_logits.py
-	PYTHONPATH=. $(VENV)/bin/python bench/cpu_linear.py
-
-bench-trl: .venv-trl/.stamp  ## the linear head beside TRL's, in .venv-trl
-	PYTHONPATH=. .venv-trl/bin/python bench/cpu_linear.py --output bench/results/cpu/linear.jsonl
+BENCH = PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m
+bench: .venv-trl/.stamp  ## time, memory and machine code beside the peers, on the CPU; then the tables and figures: 10 minutes
+	@for script in bench_logits bench_linear bench_memory bench_selection scaling machine_code report; do \
+		echo "== $$script"; $(BENCH) bench.$$script || exit 1; done
 
 demo: .venv-trl/.stamp  ## train a small model by RLVR with A3POTrainer, in .venv-trl; OBJECTIVE=dapo and friends
 	PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m examples.demo --objective $(OBJECTIVE) $(DEMO_ARGS)

@@ -24,6 +24,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "expecttest>=0.2",  # torch.library.opcheck imports it
+    "tqdm>=4.66",  # the benchmarks' progress bars
     "pyyaml>=6",
     "check-jsonschema==0.39.0",  # carries the workflow schema
 ]
@@ -59,7 +60,7 @@ setup(
     install_requires=["torch>=2.8", "triton>=3.6", "numpy"],
     extras_require={
         "test": TEST,
-        "bench": ["matplotlib>=3.8", "tabulate>=0.9"],
+        "bench": ["matplotlib>=3.8", "tqdm>=4.66"],
         "transformers": ["transformers>=5.5"],
         "trl": ["trl>=1.16"],
         "examples": ["trl>=1.16", "reasoning-gym>=0.1.25", "matplotlib>=3.8"],

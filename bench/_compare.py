@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -22,7 +23,7 @@ def step(provider: harness.Provider, batch: dict) -> None:
 
 
 def failures(listed: list[harness.Provider], batch: dict, device: torch.device) -> dict[str, str]:
-    """Why those cannot run here that cannot: each is tried once."""
+    """Why those cannot run here that cannot: each is tried once, which also compiles and loads what it needs."""
     found = {}
     for provider in listed:
         reason = provider.missing(device)
@@ -57,10 +58,10 @@ def compare(problems: list[Problem], args: argparse.Namespace, repeats: int) -> 
         batch = providers.inputs(problem, device)
         skipped = failures(listed, batch, device)
         present = [p for p in listed if p.name not in skipped]
-        made = {p.name: lambda p=p: providers.leaves(batch, copy=p.inplace) for p in present}
-        with tqdm(total=len(present) * (repeats + 1), desc=str(problem), leave=False) as bar:
+        made = {p.name: partial(providers.leaves, batch, copy=p.inplace) for p in present}
+        with tqdm(total=len(present) * repeats, desc=str(problem), leave=False) as bar:
             times = harness.measure(present, made, device, repeats, bar)
-        del batch, made
+        del made
         measure = peak if device.type == "cuda" else None
         peaks = {}
         for provider in tqdm(present, desc=f"{problem}: memory", leave=False):

@@ -185,8 +185,10 @@ FORWARD = {"_LANES": (128, 256, 512), "_WARPS": (2, 4, 8), "SPLIT": (16384, 3276
 GRADIENT = {"_GRADIENT_BYTES": (8192, 16384, 32768), "_GRADIENT_WARPS": (4, 8)}
 
 
-def tune(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, copy_rate: float, quick: bool) -> list[dict]:
-    """A row for each configuration of the two vocabulary kernels: ms, bytes a second, and whether it was the fastest."""
+def tune(
+    rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, copy_rate: float, quick: bool
+) -> list[dict]:
+    """A row for each configuration of the two vocabulary kernels: ms, bytes a second, whether it was the fastest."""
     logits = torch.randn(1, rows, vocabulary, device=device).to(dtype)
     targets = torch.randint(0, vocabulary, (1, rows), device=device)
 

@@ -19,13 +19,23 @@ def problems(device: torch.device, quick: bool) -> list[Problem]:
         half = torch.bfloat16
         if quick:
             return [Problem("linear", 8190, 128256, 4096, half)]
-        sizes = [(8190, 128256, 4096), (8190, 151936, 4096), (8190, 32000, 4096), (8190, 151936, 1536), (4100, 262144, 2048)]
+        sizes = [
+            (8190, 128256, 4096),
+            (8190, 151936, 4096),
+            (8190, 32000, 4096),
+            (8190, 151936, 1536),
+            (4100, 262144, 2048),
+        ]
         found = [Problem("linear", n, v, h, half) for n, v, h in sizes]
-        return [*found[:1], *(Problem("linear", 8190, 128256, 4096, half, active_fraction=f) for f in (0.2, 0.5)), *found[1:]]
+        return [
+            *found[:1],
+            *(Problem("linear", 8190, 128256, 4096, half, active_fraction=f) for f in (0.2, 0.5)),
+            *found[1:],
+        ]
     if quick:
         return [Problem("linear", 120, 32000, 128)]
-    dense = [Problem("linear", 1020, 32000, 512), Problem("linear", 510, 32000, 512, torch.bfloat16)]
-    return [*dense, Problem("linear", 1020, 32000, 512, active_fraction=0.2)]
+    dense = [Problem("linear", 600, 32000, 512), Problem("linear", 300, 32000, 512, torch.bfloat16)]
+    return [*dense, Problem("linear", 600, 32000, 512, active_fraction=0.2)]
 
 
 def main() -> None:

@@ -4,11 +4,15 @@
 
 Writes bench/results/<device>/memory.jsonl: provider, operation, vocabulary, hidden, dtype, budget_mb (above the
 inputs), largest_rows (of the numbers tried, the greatest whose peak was within the budget; null if none), peaks
-({rows: MB measured}), model_mb ({rows: MB} by estimate_memory, for this package's linear head), skipped, device, threads,
-versions, commit. Every measurement is in a process of its own.
+({rows: MB measured}), model_mb ({rows: MB} by estimate_memory, for this package's linear head), skipped, device,
+threads, versions, commit. Every measurement is in a process of its own.
 """
 
 from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -19,6 +23,7 @@ from bench._compare import peak_in_a_process
 from bench.harness import Problem
 
 STEP = 30  # rows; a multiple of providers.ROLLOUTS
+ALIKE = ("ours, a3po", "ours, one pass, a3po", "ours, entropy bonus")  # hold what DAPO holds
 ROUTES = {"ours, one pass": "one-pass", "ours, recompute": "recompute"}
 
 
@@ -45,6 +50,10 @@ def largest(measure, budget: float, start: int, most: int, tries: int) -> tuple[
     return max((rows for rows, peak in peaks.items() if peak <= budget), default=None), peaks
 
 
+def peak_mb(problem: Problem, provider: harness.Provider, args: argparse.Namespace, rows: int) -> float:
+    return peak_in_a_process(replace(problem, rows=rows), provider, args) / 1e6
+
+
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--budget", type=float, help="MB above the inputs")
@@ -56,7 +65,8 @@ def main() -> None:
     rows = []
     for operation in ("logits", "linear"):
         vocabulary, hidden, dtype = sizes[0], sizes[1] if operation == "linear" else None, sizes[2]
-        for provider in tqdm(providers.table(Problem(operation, 0, vocabulary, hidden, dtype)), desc=operation):
+        listed = providers.table(Problem(operation, 0, vocabulary, hidden, dtype))
+        for provider in tqdm([p for p in listed if p.name not in ALIKE], desc=operation):
             where = harness.environment(args.device, provider.needs)
             row = {
                 "provider": provider.name, "operation": operation, "vocabulary": vocabulary, "hidden": hidden,
@@ -66,23 +76,19 @@ def main() -> None:
             rows.append(row)
             if row["skipped"]:
                 continue
-
-            def measure(n: int, provider=provider, operation=operation, hidden=hidden) -> float:
-                problem = Problem(operation, n, vocabulary, hidden, dtype)
-                return peak_in_a_process(problem, provider, args) / 1e6
-
+            measure = partial(peak_mb, Problem(operation, 0, vocabulary, hidden, dtype), provider, args)
             try:
-                row["largest_rows"], row["peaks"] = largest(measure, budget, begin, most, 1 if args.quick else 3)
+                row["largest_rows"], row["peaks"] = largest(measure, budget, begin, most, 1 if args.quick else 2)
             except Exception as error:  # a peer may fail in any way, and the others go on
                 row["skipped"] = f"{type(error).__name__}: {error}"[:200]
                 continue
             if route := ROUTES.get(provider.name):
-                row["model_mb"] = {
-                    n: a3po_kernels.estimate_memory(n, hidden, vocabulary, dtype, route=route, device=args.device)["total"]
-                    / 1e6
-                    for n in row["peaks"]
-                }
-    print(f"\n{'operation':11}{'provider':28}{'largest N':>10}   peaks, N: MB (budget {budget:.0f} MB above the inputs)")
+                known = {"route": route, "device": args.device}
+                parts = {n: a3po_kernels.estimate_memory(n, hidden, vocabulary, dtype, **known) for n in row["peaks"]}
+                row["model_mb"] = {n: part["total"] / 1e6 for n, part in parts.items()}
+    print(
+        f"\n{'operation':11}{'provider':28}{'largest N':>10}   peaks, N: MB (budget {budget:.0f} MB above the inputs)"
+    )
     for row in rows:
         peaks = ", ".join(f"{n}: {peak:.0f}" for n, peak in sorted((row["peaks"] or {}).items()))
         end = f"skipped: {row['skipped']}" if row["skipped"] else f"{row['largest_rows'] or '-':>10}   {peaks}"

@@ -2,8 +2,8 @@
 
     python -m bench.bench_selection [--quick]
 
-Writes bench/results/<device>/selection.jsonl. All but quantile give the same tokens (that is checked): it takes all that
-tie with its threshold, as TRL's top_entropy_quantile does.
+Writes bench/results/<device>/selection.jsonl. All but quantile give the same tokens, which is checked: it takes
+all that tie with its threshold, as TRL's top_entropy_quantile does.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def main() -> None:
         batch = inputs(rollouts, length, args.device)
         expected = sort(batch)
         assert torch.equal(ours(batch), expected) and torch.equal(topk(batch), expected)
-        problem = Problem("selection", rollouts * length, objective=f"least 20 % of {rollouts} rollouts of up to {length}")
+        quantile(batch)
+        problem = Problem(
+            "selection", rollouts * length, objective=f"least 20 % of {rollouts} rollouts of up to {length}"
+        )
 
         def go(select, batch=batch) -> None:  # nothing to go backward through
             select(batch)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ SCHEMA = {
     "ratio_low": "the least of these ratios",
     "ratio_high": "the greatest",
     "baseline": "the provider whose ratio is 1",
-    "peak_mb": "peak memory above the inputs, 1e6 bytes: on the CPU resident, in a process of its own; null unless measured",
+    "peak_mb": "peak memory above the inputs, 1e6 bytes: resident, in a process of its own, on a CPU; or null",
     "limit_bytes": "bytes a perfect kernel for this problem would move (limit() in bench/harness.py)",
     "limit_flops": "floating-point operations it could not avoid",
     "limit_ms": "the greater of the two at this machine's measured copy bandwidth and GEMM rate; null if not measured",
@@ -134,7 +135,9 @@ def commit() -> str:
         return result.stdout.strip() if result.returncode == 0 else ""
 
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", "a3po_kernels") else "")
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", "a3po_kernels") else ""
+        )
     except OSError:
         return ""
 
@@ -197,12 +200,12 @@ def timed_stages(calls: list[Callable], device: torch.device) -> list[float]:
             call()
             event.record()
         torch.cuda.synchronize(device)
-        return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in pairwise(events)]
     marks = [time.perf_counter()]
     for call in calls:
         call()
         marks.append(time.perf_counter())
-    return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+    return [1e3 * (b - a) for a, b in pairwise(marks)]
 
 
 def flush_cache(device: torch.device) -> None:
@@ -217,12 +220,12 @@ MODES = ("forward", "backward", "both")
 def measure(
     providers: list[Provider], batches: dict[str, Callable], device: torch.device, repeats: int, bar: tqdm | None = None
 ) -> dict[str, dict[str, list[float]]]:
-    """provider -> mode -> times in ms; the providers take turns, and the first turn is not counted.
+    """provider -> mode -> times in ms; the providers take turns, and each must have run once before.
 
     batches[name]() makes a provider's inputs anew (fresh leaves, so that gradients do not add up), untimed.
     """
     times: dict[str, dict[str, list[float]]] = {p.name: {mode: [] for mode in MODES} for p in providers}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for provider in providers:
             batch = batches[provider.name]()
             held: list = []
@@ -235,9 +238,8 @@ def measure(
                 device,
             )
             del held, batch
-            if turn:
-                for mode, value in zip(MODES, (forward, backward, forward + backward), strict=True):
-                    times[provider.name][mode].append(value)
+            for mode, value in zip(MODES, (forward, backward, forward + backward), strict=True):
+                times[provider.name][mode].append(value)
             if bar is not None:
                 bar.update(1)
     return times

@@ -1,8 +1,8 @@
 """Registers, spills, loads, barriers and instructions per element of every kernel, read from its machine code.
 
-Kernels are compiled ahead of time as the launcher would compile them; no GPU is needed. The peers' forward kernels stand
-beside ours where they are installed, and with each GPU the two times that no kernel of so many instructions and bytes
-can beat there (bench/gpus.py).
+Kernels are compiled ahead of time as the launcher would compile them; no GPU is needed. The peers' forward kernels
+stand beside ours where they are installed, and with each GPU the two times that no kernel of so many instructions and
+bytes can beat there (bench/gpus.py).
 
     python -m bench.machine_code [target ...]    # writes bench/results/machine_code.jsonl for all targets
 """
@@ -269,7 +269,7 @@ def _read_amd(case: Case, compiled) -> MachineCode:
 
 
 def data(targets: list[str], extra: list[Case] | tuple[Case, ...] = ()) -> list[dict]:
-    """A row for each kernel and target: MachineCode's fields, and for each GPU of the target the times of its limits."""
+    """A row for each kernel and target: MachineCode's fields, and for each GPU of the target its limits."""
     rows = []
     for target in targets:
         for case in [*cases(), *extra]:

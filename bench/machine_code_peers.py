@@ -7,7 +7,9 @@ from bench.harness import version
 from bench.machine_code import Case
 
 
-def _case(name: str, source: str, kernel, pointers: dict, numbers: dict, constants: dict, block: int, warps: int) -> Case:
+def _case(
+    name: str, source: str, kernel, pointers: dict, numbers: dict, constants: dict, block: int, warps: int
+) -> Case:
     """`pointers` and `numbers` give types by argument; the others are constants (None for an argument left out)."""
     types = {name: {**pointers, **numbers}.get(name, "constexpr") for name in kernel.arg_names}
     return Case(name, kernel, constants, block, num_warps=warps, types=types, passes=1, source=source)

@@ -86,7 +86,12 @@ def cuda_tests(context: Context) -> dict:
     words = ("synchronisation", "recompile", "two_to_the_31")
     promises = {name: outcome for name, outcome in outcomes.items() if any(word in name for word in words)}
     counts = {kind: sum(outcome == kind for outcome in outcomes.values()) for kind in ("passed", "failed", "skipped")}
-    return {"counts": counts, "failures": failed, "promises": promises, "passed": not failed and ran.returncode in (0, 5)}
+    return {
+        "counts": counts,
+        "failures": failed,
+        "promises": promises,
+        "passed": not failed and ran.returncode in (0, 5),
+    }
 
 
 def correctness(context: Context) -> dict:
@@ -109,7 +114,11 @@ def benchmark(name: str) -> Callable[[Context], dict]:
         options += ["--quick"] if context.dry or context.args.quick else []
         options += ["--repeats", "1"] if context.dry else []
         ran = context.call("-m", f"bench.bench_{name}", *options, most=200)
-        return {"passed": ran.returncode == 0, "table": ran.stdout, "error": ran.stderr[-2000:] if ran.returncode else ""}
+        return {
+            "passed": ran.returncode == 0,
+            "table": ran.stdout,
+            "error": ran.stderr[-2000:] if ran.returncode else "",
+        }
 
     return go
 
@@ -133,8 +142,20 @@ def sanitizer(context: Context) -> dict:
         return {"skipped": "compute-sanitizer is not installed"}
     found = {}
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "bench.on_gpu", "--small-steps"]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(min(context.left(), 100), 1))
+        command = [
+            tool,
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "bench.on_gpu",
+            "--small-steps",
+        ]
+        ran = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(min(context.left(), 100), 1)
+        )
         found[check] = {"passed": ran.returncode == 0, "output": (ran.stdout + ran.stderr)[-3000:]}
     return {**found, "passed": all(result["passed"] for result in found.values())}
 
@@ -220,7 +241,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny sizes")
     parser.add_argument("--check", action="store_true", help="exit 1 below a floor or where a stage failed")
     parser.add_argument("--limit", type=float, default=570, help="seconds for all stages")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
+    )
     parser.add_argument("--small-steps", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.dry_run:

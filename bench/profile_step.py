@@ -3,8 +3,8 @@
     python -m bench.profile_step [--provider "linear:ours, one pass"] [--quick]
     python -m bench.profile_step --list
 
-Writes build/profile/<provider>.json (a Chrome trace: chrome://tracing, Perfetto). Times are each operation's own, without
-those it calls; on a GPU the kernels' own.
+Writes build/profile/<provider>.json (a Chrome trace: chrome://tracing, Perfetto). Times are each operation's own,
+without those it calls; on a GPU the kernels' own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from bench.harness import ROOT, Problem
 
 GEMM = re.compile(r"aten::(add|badd)?b?mm|gemm|cutlass|nvjet|xmma", re.IGNORECASE)
 COPY = re.compile(r"mem(cpy|set)|aten::(copy_|fill_|zero_)|CatArray|elementwise.*copy", re.IGNORECASE)
-VOCABULARY_KERNELS = re.compile(r"statistics|gradient|min_p|_forward_kernel|_backward_kernel|grpo_loss|softmax", re.IGNORECASE)
+VOCABULARY_KERNELS = re.compile(
+    r"statistics|gradient|min_p|_forward_kernel|_backward_kernel|grpo_loss|softmax", re.IGNORECASE
+)
 
 
 def stage(name: str, shapes: list, problem: Problem) -> str:

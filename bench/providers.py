@@ -1,7 +1,7 @@
 """Who is measured: this package by each of its routes, plain PyTorch, torch.compile, and the peers as published.
 
-Every provider of "logits" and "linear" computes DAPO (clip 0.2 / 0.28, mean over the tokens) with the entropy as a metric
-unless its note says what it leaves out. A batch is a dictionary: logits, or hidden and weight (leaves that want a
+Every provider of "logits" and "linear" computes DAPO (clip 0.2 / 0.28, mean over the tokens) with the entropy as a
+metric unless its note says what it leaves out. A batch is a dictionary: logits, or hidden and weight (leaves that want a
 gradient), targets [B, T], advantages [B], old [B, T].
 """
 
@@ -24,17 +24,21 @@ def dapo_loss(logp: Tensor, batch: dict) -> Tensor:
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28)).mean()
 
 
-def _formula(logits: Tensor, targets: Tensor, advantages: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+def _formula(log_p: Tensor, targets: Tensor, advantages: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     """DAPO as one would write it, with the entropy as a metric."""
-    log_p = torch.log_softmax(logits.float(), -1)
     logp = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1).mean()
     return dapo_loss(logp, {"advantages": advantages, "old": old}), entropy
 
 
-def _linear_formula(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, old: Tensor):
-    return _formula(hidden @ weight.t(), targets, advantages, old)
+def _logits_formula(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    return _formula(torch.log_softmax(logits.float(), -1), *rest)
+
+
+def _linear_formula(hidden: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    # No name holds the logits, so that they are gone once their log-softmax is there.
+    return _formula(torch.log_softmax((hidden @ weight.t()).float(), -1), *rest)
 
 
 @functools.cache
@@ -48,11 +52,11 @@ def _arguments(batch: dict) -> list[Tensor]:
 
 
 def eager(batch: dict) -> Tensor:
-    return (_formula if "logits" in batch else _linear_formula)(*_arguments(batch))[0]
+    return (_logits_formula if "logits" in batch else _linear_formula)(*_arguments(batch))[0]
 
 
 def compiled(batch: dict) -> Tensor:
-    return _compiled(_formula if "logits" in batch else _linear_formula)(*_arguments(batch))[0]
+    return _compiled(_logits_formula if "logits" in batch else _linear_formula)(*_arguments(batch))[0]
 
 
 def ours(objective=None, **options):

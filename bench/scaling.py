@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from bench import harness, providers
+from bench._compare import step
 from bench.harness import Problem
 
 CHOSEN = {"logits": ("eager", "ours"), "linear": ("eager", "ours, one pass", "ours, recompute", "TRL head")}
@@ -24,7 +25,10 @@ FIELDS = {"N": "rows", "V": "vocabulary", "H": "hidden"}
 
 def sweeps(device: torch.device, quick: bool) -> list[tuple[Problem, str, tuple[int, ...]]]:
     if device.type == "cuda":
-        logits, linear = Problem("logits", 4100, 64000, dtype=torch.bfloat16), Problem("linear", 4100, 64000, 2048, torch.bfloat16)
+        logits, linear = (
+            Problem("logits", 4100, 64000, dtype=torch.bfloat16),
+            Problem("linear", 4100, 64000, 2048, torch.bfloat16),
+        )
         factors = (1, 2, 4)
     elif quick:
         logits, linear, factors = Problem("logits", 60, 8000), Problem("linear", 60, 8000, 64), (1, 2)
@@ -57,13 +61,20 @@ def main() -> None:
             present = [p for p in chosen if p.missing(args.device) is None]
             batch = providers.inputs(problem, args.device)
             made = {p.name: lambda batch=batch: providers.leaves(batch) for p in present}
+            for provider in present:
+                step(provider, batch)
             times = harness.measure(present, made, args.device, repeats)
             for provider in present:
                 medians.setdefault(provider.name, []).append(statistics.median(times[provider.name]["both"]))
         for name, values in medians.items():
             exponent, r2 = fit(list(sizes), values)
             where = harness.environment(args.device, providers.named(f"{base.operation}:{name}").needs)
-            common = {"provider": name, "operation": base.operation, "axis": axis, "dtype": harness.dtype_name(base.dtype)}
+            common = {
+                "provider": name,
+                "operation": base.operation,
+                "axis": axis,
+                "dtype": harness.dtype_name(base.dtype),
+            }
             fixed = {field: getattr(base, field) for field in FIELDS.values()}
             for size, value in zip(sizes, values, strict=True):
                 rows.append({**common, **fixed, FIELDS[axis]: size, "point": size, "median_ms": value, **where})

@@ -83,7 +83,8 @@ def test_workflow_jobs():
     jobs = workflow["jobs"]
     commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
     assert commands["cpu"] == ["make test"]
-    assert commands["gpu"][-1].endswith("pytest -m cuda")
+    assert commands["gpu"][1].endswith("pytest -m cuda")
+    assert "bench.on_gpu --quick --check" in commands["gpu"][2]
     assert jobs["gpu"]["runs-on"] == ["self-hosted", "linux", "x64", "gpu"]
     assert workflow["permissions"] == {"contents": "read"}
     assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 reads the key `on` as a boolean

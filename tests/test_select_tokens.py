@@ -50,6 +50,17 @@ def test_lengths_around_a_block(length, side, backend, device):
     assert torch.equal(got.cpu(), reference.select_tokens(metric, ratio=0.37, side=side))
 
 
+def test_one_long_rollout_among_short_ones(backend, device):
+    """Padding all to the longest would cost too much: the torch backend sorts them another way."""
+    ends = torch.tensor([0, 400, *range(401, 451)])
+    metric = torch.randint(-9, 9, (450,), generator=torch.Generator().manual_seed(0)).float()
+    for side in ("low", "high"):
+        got = a3po_kernels.select_tokens(
+            metric.to(device), cu_seqlens=ends.to(device), ratio=0.37, side=side, backend=backend
+        )
+        assert torch.equal(got.cpu(), reference.select_tokens(metric, cu_seqlens=ends, ratio=0.37, side=side))
+
+
 def test_counts_are_exact(backend, device):
     """0.29 of 100 is 29 (0.29 * 100 is 28.999...), at least one token, none of none."""
     metric = torch.arange(100.0, device=device).expand(3, 100)

@@ -1,0 +1,241 @@
+"""The tables of README.md and docs/bench.md, and the figures, from the rows in bench/results/.
+
+    python -m bench.report            # rewrites the blocks of both pages and docs/images/bench_*.png
+    python -m bench.report --tables   # the blocks alone, without matplotlib
+
+A block lies between `<!-- data:NAME -->` and `<!-- end -->`; tests/test_bench.py fails where it is not what the rows give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from bench.harness import RESULTS, ROOT, read
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "bench.md")
+IMAGES = ROOT / "docs" / "images"
+BLOCK = re.compile(r"<!-- data:([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+NOT_MEASURED = "**Time on a GPU: not measured yet.**"
+
+
+def rows_of(name: str, folder: Path = RESULTS / "cpu") -> list[dict]:
+    path = folder / f"{name}.jsonl"
+    return read(path) if path.exists() else []
+
+
+def markdown(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |"]
+    lines.append("|" + "---|" * (lines[0].count("|") - 1))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 10 else f"{value:.2f} ms"
+
+
+def problems(rows: list[dict]) -> list[tuple]:
+    """The problems of some rows, in their order."""
+    keys = ("rows", "vocabulary", "hidden", "dtype", "active_fraction")
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+
+
+def title(problem: tuple) -> str:
+    rows, vocabulary, hidden, dtype, share = problem
+    width = f", H = {hidden}" if hidden else ""
+    active = "" if share == 1 else f", {100 * share:.0f} % of the rollouts with an advantage"
+    return f"{rows} × {vocabulary}{width}, {dtype}{active}"
+
+
+def of(rows: list[dict], problem: tuple, mode: str = "both") -> list[dict]:
+    return [row for row in rows if problems([row]) == [problem] and row["mode"] == mode]
+
+
+def origin(rows: list[dict]) -> str:
+    """Where some rows were measured, from what they say."""
+    row = rows[0]
+    versions: dict[str, str] = {}
+    for other in rows:
+        versions |= {name: version for name, version in other["versions"].items() if version}
+    threads = f", {row['threads']} threads" if row["threads"] else ""
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{row['device']}{threads}; {packages}; commit {row['commit']}"
+
+
+def comparison(rows: list[dict]) -> str:
+    """A table for each problem: time, ratio to eager, share of the limit, peak memory."""
+    parts = []
+    for problem in problems(rows):
+        body = []
+        for row in of(rows, problem):
+            name = row["provider"] + (f" ({row['note']})" if row["note"] else "")
+            if row["skipped"]:
+                continue
+            ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f}..{row['ratio_high']:.2f})"
+            forward = next(r for r in of(rows, problem, "forward") if r["provider"] == row["provider"])
+            cells = (milliseconds(row["median_ms"]), milliseconds(forward["median_ms"]), ratio)
+            body.append((name, *cells, number(row["percent_of_limit"]) + " %", number(row["peak_mb"]) + " MB"))
+        limit = next(row["limit_ms"] for row in of(rows, problem) if row["limit_ms"] is not None)
+        header = (title(problem), "time", "of it forward", "× eager (min..max)",
+                  f"of the limit, {milliseconds(limit)}", "peak above the inputs")  # fmt: skip
+        parts.append(markdown(header, body))
+    skipped = dict.fromkeys(f"{row['provider']}: {row['skipped']}" for row in rows if row["skipped"])
+    tail = f"\n\nNot run here: {'; '.join(skipped)}." if skipped else ""
+    return "\n\n".join(parts) + tail + f"\n\n{origin(rows)}."
+
+
+def memory(rows: list[dict]) -> str:
+    parts = []
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        of_it = [row for row in rows if row["operation"] == operation and not row["skipped"]]
+        first = of_it[0]
+        width = f", H = {first['hidden']}" if first["hidden"] else ""
+        body = []
+        for row in of_it:
+            peaks = {int(n): peak for n, peak in row["peaks"].items()}
+            largest = row["largest_rows"]
+            fits = (
+                f"{largest} ({peaks[largest]:.0f} MB)"
+                if largest
+                else f"none tried; {min(peaks)}: {peaks[min(peaks)]:.0f} MB"
+            )
+            body.append((row["provider"], fits))
+        header = (f"{operation}, V = {first['vocabulary']}{width}, {first['dtype']}",
+                  f"most tokens within {first['budget_mb']:.0f} MB above the inputs, of those tried")  # fmt: skip
+        parts.append(markdown(header, body))
+    return "\n\n".join(parts)
+
+
+def selection(rows: list[dict]) -> str:
+    kinds = list(dict.fromkeys(row["objective"] for row in rows))
+    body = []
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        cells = []
+        for kind in kinds:
+            row = next(row for row in rows if row["provider"] == provider and row["objective"] == kind)
+            cells.append(f"{milliseconds(row['median_ms'])} ({row['ratio']:.2f})")
+        body.append((provider, *cells))
+    return markdown(("time (× sort)", *(kind.removeprefix("least 20 % of ") for kind in kinds)), body)
+
+
+def scaling(rows: list[dict]) -> str:
+    fits = [row for row in rows if row["point"] is None]
+    body = []
+    for operation, provider in dict.fromkeys((row["operation"], row["provider"]) for row in fits):
+        exponents = {
+            row["axis"]: row["exponent"] for row in fits if (row["operation"], row["provider"]) == (operation, provider)
+        }
+        body.append((f"{operation}, {provider}", *(number(exponents.get(axis), 2) for axis in "NVH")))
+    return markdown(("exponent of the time in", "N", "V", "H"), body)
+
+
+def machine_code(rows: list[dict]) -> str:
+    """Kernels over the logits on sm_90, ours and the peers', with both limits on an H200."""
+    chosen = [row for row in rows if row["target"] == "sm_90" and row["limits_ms"] and row["dtype"] == "bf16"]
+    body = []
+    for row in chosen:
+        limits = row["limits_ms"]["H200"]
+        source = "" if row["source"] == "ours" else f" ({row['source']})"
+        figures = (str(row[key]) for key in ("registers", "widest_load", "barriers_in_loop"))
+        times = (f"{limits[key]:.2f} ms" for key in ("instructions", "bytes"))
+        body.append((row["kernel"] + source, number(row["per_element"], 2), *figures, *times))
+    first = chosen[0]
+    header = ("kernel, sm_90", "instructions an element", "registers", "load, bits", "barriers in the loop",
+              "H200, to issue them", "to move the bytes")  # fmt: skip
+    return (
+        markdown(header, body)
+        + f"\n\nBy arithmetic for {first['rows']} × {first['vocabulary']}; Triton {first['triton']}."
+    )
+
+
+def gpu(folders: Iterable[Path]) -> str:
+    """The benches' tables of each GPU that was measured."""
+    parts = []
+    for folder in sorted(folders):
+        for name in ("logits", "linear"):
+            if rows := rows_of(name, folder):
+                parts.append(comparison(rows))
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def blocks() -> dict[str, str]:
+    """Name -> text of every block, from the rows that are there."""
+    folders = [path for path in RESULTS.iterdir() if path.is_dir() and path.name != "cpu"]
+    makers: dict[str, Callable[[list[dict]], str]] = {
+        "logits": comparison, "linear": comparison, "memory": memory, "selection": selection, "scaling": scaling,
+    }  # fmt: skip
+    found = {name: make(rows) for name, make in makers.items() if (rows := rows_of(name))}
+    for name in ("logits", "linear"):
+        # A page's first look: the sizes that the others vary, dense and sparse.
+        if rows := rows_of(name):
+            first = problems(rows)[0][:-1]
+            found[f"{name}-first"] = comparison([row for row in rows if problems([row])[0][:-1] == first])
+    return {**found, "machine-code": machine_code(rows_of("machine_code", RESULTS)), "gpu": gpu(folders)}
+
+
+def render(text: str, made: dict[str, str]) -> str:
+    """A page with its blocks as the rows give them; KeyError for a block that nothing makes."""
+    return BLOCK.sub(lambda match: f"<!-- data:{match[1]} -->\n{made[match[1]]}\n<!-- end -->", text)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """A panel for each problem: a bar for each provider, and beside it the limit of the problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    listed = problems(rows)
+    columns = 2
+    lines = -(-len(listed) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(15, 3.6 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flatten()[len(listed) :]:
+        axis.set_visible(False)
+    for axis, problem in zip(axes.flatten(), listed, strict=False):
+        shown = [row for row in of(rows, problem) if not row["skipped"]]
+        names = [row["provider"] for row in shown]
+        colours = ["C0" if name.startswith("ours") else "0.6" for name in names]
+        spread = [
+            [row["median_ms"] - row["low_ms"] for row in shown],
+            [row["high_ms"] - row["median_ms"] for row in shown],
+        ]
+        places = range(len(shown))
+        axis.barh(places, [row["median_ms"] for row in shown], 0.55, xerr=spread, color=colours, ecolor="0.3")
+        axis.barh([p + 0.4 for p in places], [row["limit_ms"] for row in shown], 0.2, color="C3", label="limit")
+        for place, row in zip(places, shown, strict=True):
+            axis.text(row["high_ms"], place, f" {row['median_ms']:.3g}", va="center", fontsize=8)
+        axis.set_yticks(places, names, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set(title=title(problem), xlabel="forward + backward, ms (median, 10 % and 90 % quantiles)")
+        axis.legend(fontsize=8, loc="lower right")
+    figure.suptitle(
+        f"{rows[0]['device']}: the limit is the memory traffic or the products at this machine's measured rates"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="no figures")
+    args = parser.parse_args()
+    made = blocks()
+    for page in PAGES:
+        page.write_text(render(page.read_text(), made))
+    if not args.tables:
+        for folder in (path for path in RESULTS.iterdir() if path.is_dir()):
+            for name in ("logits", "linear"):
+                if rows := rows_of(name, folder):
+                    draw(rows, IMAGES / f"bench_{folder.name}_{name}.png")
+
+
+if __name__ == "__main__":
+    main()
