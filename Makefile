@@ -47,7 +47,7 @@ endef
 # With what the examples use.
 TRL_REQUIREMENTS := trl==1.16.0 liger-kernel==0.8.5 peft==0.21.2 reasoning-gym==0.1.25 matplotlib
 
-TEST_TOOLS := pytest pytest-xdist hypothesis expecttest numpy
+TEST_TOOLS := pytest pytest-xdist hypothesis expecttest numpy tqdm
 # Not verl's own requirements: those bring a training stack that its loss functions never import.
 VERL_IMPORTS := ray tensordict omegaconf codetiming transformers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -48,13 +49,14 @@ def peak_in_a_process(problem: Problem, provider: harness.Provider, args: argpar
     return harness.in_a_process(_peak, problem, provider.name, args.device, args.threads)
 
 
-def compare(problems: list[Problem], args: argparse.Namespace, repeats: int) -> list[dict]:
-    """Rows of all providers on all problems; a table of each on stdout."""
+def compare(problems: list[Problem], args: argparse.Namespace, repeats: int, path: Path) -> None:
+    """Writes the rows of all providers on all problems, after each problem those so far; a table of each on stdout."""
     device = args.device
     known = harness.ceilings(device, {problem.dtype for problem in problems}, args.quick)
     rows = []
     for problem in problems:
         listed = providers.table(problem)
+        torch.compiler.reset()  # a shape of its own for each, and no limit on how many
         batch = providers.inputs(problem, device)
         skipped = failures(listed, batch, device)
         present = [p for p in listed if p.name not in skipped]
@@ -71,4 +73,4 @@ def compare(problems: list[Problem], args: argparse.Namespace, repeats: int) -> 
         print(f"\n{problem}, {harness.device_name(device)}")
         harness.print_rows(found)
         rows += found
-    return rows
+        harness.write(rows, path, quiet=True)

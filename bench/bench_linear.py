@@ -41,7 +41,7 @@ def problems(device: torch.device, quick: bool) -> list[Problem]:
 def main() -> None:
     args = harness.start(harness.arguments(__doc__).parse_args())
     repeats = args.repeats or (3 if args.quick else 5 if args.device.type == "cpu" else 10)
-    harness.write(compare(problems(args.device, args.quick), args, repeats), args.folder / "linear.jsonl")
+    compare(problems(args.device, args.quick), args, repeats, args.folder / "linear.jsonl")
 
 
 if __name__ == "__main__":

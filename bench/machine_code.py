@@ -4,16 +4,16 @@ Kernels are compiled ahead of time as the launcher would compile them; no GPU is
 stand beside ours where they are installed, and with each GPU the two times that no kernel of so many instructions and
 bytes can beat there (bench/gpus.py).
 
-    python -m bench.machine_code [target ...]    # writes bench/results/machine_code.jsonl for all targets
+    python -m bench.machine_code [--quick] [target ...]    # writes bench/results/machine_code.jsonl for all targets
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 import triton.language as tl
+from tqdm.auto import tqdm
 from triton import compile as triton_compile
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -271,21 +272,30 @@ def _read_amd(case: Case, compiled) -> MachineCode:
 def data(targets: list[str], extra: list[Case] | tuple[Case, ...] = ()) -> list[dict]:
     """A row for each kernel and target: MachineCode's fields, and for each GPU of the target its limits."""
     rows = []
-    for target in targets:
-        for case in [*cases(), *extra]:
-            found = inspect(case, target)
-            row = {"kernel": case.name, "source": case.source, "dtype": case.dtype, "target": target,
-                   "triton": triton.__version__, **asdict(found)}  # fmt: skip
-            limits = {}
-            if case.passes is not None:
-                limits = {gpu.name: gpu.limits(found.per_element, case.dtype, case.passes) for gpu in GPUS
-                          if gpu.target == target}  # fmt: skip
-            rows.append({**row, "rows": LIMIT_ROWS, "vocabulary": LIMIT_VOCABULARY, "limits_ms": limits})
+    listed = [(target, case) for target in targets for case in [*cases(), *extra]]
+    for target, case in (bar := tqdm(listed, desc="machine code", leave=False)):
+        bar.set_postfix_str(f"{target} {case.name}", refresh=False)
+        found = inspect(case, target)
+        row = {"kernel": case.name, "source": case.source, "dtype": case.dtype, "target": target,
+               "triton": triton.__version__, **asdict(found)}  # fmt: skip
+        limits = {}
+        if case.passes is not None:
+            limits = {gpu.name: gpu.limits(found.per_element, case.dtype, case.passes) for gpu in GPUS
+                      if gpu.target == target}  # fmt: skip
+        rows.append({**row, "rows": LIMIT_ROWS, "vocabulary": LIMIT_VOCABULARY, "limits_ms": limits})
     return rows
 
 
-def main(targets: list[str]) -> None:
+def main() -> None:
     from bench.machine_code_peers import peer_cases
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="sm_90 alone")
+    args = parser.parse_args()
+    targets = ["sm_90"] if args.quick else args.targets
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
 
     header = ("kernel", "source", "target", "registers", "spills", "shared", "load", "barriers", "instr/element",
               "limits: instructions | bytes, ms")  # fmt: skip
@@ -307,4 +317,4 @@ def main(targets: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

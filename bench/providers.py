@@ -1,8 +1,8 @@
 """Who is measured: this package by each of its routes, plain PyTorch, torch.compile, and the peers as published.
 
 Every provider of "logits" and "linear" computes DAPO (clip 0.2 / 0.28, mean over the tokens) with the entropy as a
-metric unless its note says what it leaves out. A batch is a dictionary: logits, or hidden and weight (leaves that want a
-gradient), targets [B, T], advantages [B], old [B, T].
+metric unless its note says what it leaves out. A batch is a dictionary: logits, or hidden and weight (leaves that want
+a gradient), targets [B, T], advantages [B], old [B, T].
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m bench.report            # rewrites the blocks of both pages and docs/images/bench_*.png
     python -m bench.report --tables   # the blocks alone, without matplotlib
 
-A block lies between `<!-- data:NAME -->` and `<!-- end -->`; tests/test_bench.py fails where it is not what the rows give.
+A block lies between `<!-- data:NAME -->` and `<!-- end -->`; tests/test_bench.py fails where the rows give another.
 """
 
 from __future__ import annotations
