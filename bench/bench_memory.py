@@ -40,8 +40,9 @@ def largest(measure, budget: float, start: int, most: int, tries: int) -> tuple[
         if len(known) < 2:
             known = sorted(peaks)[:2]
         slope = (peaks[known[1]] - peaks[known[0]]) / (known[1] - known[0])
-        guess = most if slope <= 0 else known[0] + (budget - peaks[known[0]]) / slope
-        guess = min(int(guess * 0.99) // STEP * STEP, most)
+        guess = most
+        if slope > 0:  # a little below, for the noise
+            guess = min(int(0.99 * (known[0] + (budget - peaks[known[0]]) / slope)) // STEP * STEP, most)
         if above is not None:
             guess = min(max(guess, below + STEP), above - STEP)
         if guess <= 0 or guess in peaks:
