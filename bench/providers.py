@@ -180,7 +180,7 @@ LINEAR = (
     Provider("ours, recompute", ours(route="recompute")),
     Provider(
         "ours, one pass, active statistics", ours(route="one-pass", statistics="active"), only=_sparse,
-        note="no statistics of rows without a gradient",
+        note="no statistics of rows without a gradient, which the limit counts",
     ),
     Provider(
         "ours, one pass, exact compaction", ours(route="one-pass", compaction="exact"), only=_sparse,

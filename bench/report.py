@@ -209,12 +209,13 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.barh(places, [row["median_ms"] for row in shown], 0.55, xerr=spread, color=colours, ecolor="0.3")
         axis.barh([p + 0.4 for p in places], [row["limit_ms"] for row in shown], 0.2, color="C3", label="limit")
         for place, row in zip(places, shown, strict=True):
-            axis.text(row["high_ms"], place, f" {row['median_ms']:.3g}", va="center", fontsize=8)
+            axis.text(row["high_ms"], place, f" {number(row['median_ms'], 0 if row['median_ms'] >= 10 else 2)}", va="center", fontsize=8)
         axis.set_yticks(places, names, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.12)
         axis.set(title=title(problem), xlabel="forward + backward, ms (median, 10 % and 90 % quantiles)")
-        axis.legend(fontsize=8, loc="lower right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", fontsize=9)
     figure.suptitle(
         f"{rows[0]['device']}: the limit is the memory traffic or the products at this machine's measured rates"
     )
