@@ -209,7 +209,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.barh(places, [row["median_ms"] for row in shown], 0.55, xerr=spread, color=colours, ecolor="0.3")
         axis.barh([p + 0.4 for p in places], [row["limit_ms"] for row in shown], 0.2, color="C3", label="limit")
         for place, row in zip(places, shown, strict=True):
-            axis.text(row["high_ms"], place, f" {number(row['median_ms'], 0 if row['median_ms'] >= 10 else 2)}", va="center", fontsize=8)
+            text = milliseconds(row["median_ms"]).removesuffix(" ms")
+            axis.text(row["high_ms"], place, f" {text}", va="center", fontsize=8)
         axis.set_yticks(places, names, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.12)
