@@ -15,7 +15,7 @@ from bench.harness import Problem
 
 def peak(problem: Problem, provider: harness.Provider, device: torch.device) -> int:
     """Peak bytes above the inputs of forward + backward, here."""
-    batch = providers.inputs(problem, device)
+    batch = provider.prepare(providers.inputs(problem, device))
     return harness.peak_bytes(lambda: step(provider, batch), device)
 
 
@@ -30,7 +30,7 @@ def failures(listed: list[harness.Provider], batch: dict, device: torch.device) 
         reason = provider.missing(device)
         if reason is None:
             try:
-                provider.forward(providers.leaves(batch, copy=True)).backward()
+                provider.forward(providers.leaves(provider.prepare(batch), copy=True)).backward()
             except Exception as error:  # a peer may fail in any way, and the others go on
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         if reason is not None:
@@ -60,7 +60,7 @@ def compare(problems: list[Problem], args: argparse.Namespace, repeats: int, pat
         batch = providers.inputs(problem, device)
         skipped = failures(listed, batch, device)
         present = [p for p in listed if p.name not in skipped]
-        made = {p.name: partial(providers.leaves, batch, copy=p.inplace) for p in present}
+        made = {p.name: partial(providers.leaves, p.prepare(batch), copy=p.inplace) for p in present}
         with tqdm(total=len(present) * repeats, desc=str(problem), leave=False) as bar:
             times = harness.measure(present, made, device, repeats, bar)
         del made

@@ -18,18 +18,18 @@ def problems(device: torch.device, quick: bool) -> list[Problem]:
     if device.type == "cuda":
         half = torch.bfloat16
         if quick:
-            return [Problem("linear", 8190, 128256, 4096, half)]
+            return [Problem("linear", 8320, 128256, 4096, half)]
         sizes = [
-            (8190, 128256, 4096),
-            (8190, 151936, 4096),
-            (8190, 32000, 4096),
-            (8190, 151936, 1536),
-            (4100, 262144, 2048),
+            (8320, 128256, 4096),
+            (8320, 151936, 4096),
+            (8320, 32000, 4096),
+            (8320, 151936, 1536),
+            (4160, 262144, 2048),
         ]
         found = [Problem("linear", n, v, h, half) for n, v, h in sizes]
         return [
             *found[:1],
-            *(Problem("linear", 8190, 128256, 4096, half, active_fraction=f) for f in (0.2, 0.5)),
+            *(Problem("linear", 8320, 128256, 4096, half, active_fraction=f) for f in (0.2, 0.5)),
             *found[1:],
         ]
     if quick:

@@ -82,7 +82,7 @@ class Problem:
 class Provider:
     """forward(batch) gives the loss; `needs` are packages, `cuda` whether it has no CPU path.
 
-    `package` is the one whose version is written down; `inplace` ones get their own logits each time.
+    `prepare` changes a batch to what it takes, untimed; `inplace` ones spoil their logits and get others each time.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Provider:
     needs: tuple[str, ...] = ()
     cuda: bool = False
     inplace: bool = False
+    prepare: Callable[[dict], dict] = field(default=lambda batch: batch)
     note: str | None = None
     only: Callable[[Problem], bool] = field(default=lambda problem: True)
 

@@ -57,7 +57,7 @@ def _liger() -> list[Case]:
         "log-sum-exp bf16 without entropy, Liger", f"liger-kernel {version('liger-kernel')}",
         grpo_loss._grpo_loss_fwd_kernel,
         {"LOGITS": "*bf16", "OLD_LOGP": "*fp32", "INPUT_IDS": "*i64", "ADVANTAGES": "*fp32", "LOSS": "*fp32",
-         "LSE": "*fp32", "IS_CLIPPED": "*i8"},
+         "LSE": "*fp32", "IS_CLIPPED": "*fp32"},
         {"VLLM_IS_RATIO_STRIDE": "i32"}, {**absent, **settings}, block, 1,
     )  # fmt: skip
     return [kernel]

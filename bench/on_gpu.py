@@ -136,7 +136,7 @@ def benchmark(name: str) -> Callable[[Context], dict]:
 def tuning(context: Context) -> dict:
     """Block sizes and warps of the two vocabulary kernels; the table of configurations, the fastest marked."""
     copy = context.done["environment"]["result"]["ceilings"]["copy"]
-    sizes = (80, 1000) if context.dry else (8190, 151936)
+    sizes = (80, 1000) if context.dry else (8320, 151936)
     found = []
     for dtype in (torch.bfloat16, torch.float32)[: 1 if context.args.quick or context.dry else 2]:
         rows = _gpu_checks.tune(*sizes, dtype, context.device, copy, context.dry)

@@ -41,7 +41,7 @@ def stage(name: str, shapes: list, problem: Problem) -> str:
 
 def measure(provider: harness.Provider, problem: Problem, device: torch.device):
     """The profiler of one step after one that is not recorded."""
-    batch = providers.inputs(problem, device)
+    batch = provider.prepare(providers.inputs(problem, device))
 
     def step() -> None:
         provider.forward(providers.leaves(batch, copy=provider.inplace)).backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 import a3po_kernels
 from bench.harness import Problem, Provider
 
-ROLLOUTS = 10
+ROLLOUTS = 10  # the GPU sizes are multiples of 10 and of 64: quack wants N a multiple of 8
 
 
 def dapo_loss(logp: Tensor, batch: dict) -> Tensor:
@@ -92,15 +92,17 @@ def trl_head(columns: int):
     return forward
 
 
+def one_position_more(batch: dict) -> dict:
+    """Liger takes logits [B, T + 1, V] for T tokens."""
+    return {**batch, "logits": torch.nn.functional.pad(batch["logits"], (0, 0, 0, 1))}
+
+
 def liger_logits(batch: dict) -> Tensor:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    logits = batch["logits"]
-    # It takes one position more than it has tokens.
-    longer = torch.nn.functional.pad(logits, (0, 0, 0, 1)) if logits.shape[1] == batch["targets"].shape[1] else logits
     return triton_grpo_loss(
-        longer, batch["old"], None, batch["targets"], batch["advantages"], temperature=1.0, beta=0.0, eps_low=0.2,
-        eps_high=0.28, loss_type="dapo", reduce=True,
+        batch["logits"], batch["old"], None, batch["targets"], batch["advantages"], temperature=1.0, beta=0.0,
+        eps_low=0.2, eps_high=0.28, loss_type="dapo", reduce=True,
     )[0]  # fmt: skip
 
 
@@ -169,7 +171,10 @@ LOGITS = (
     Provider("ours, in place", ours(inplace_backward=True), inplace=True),
     Provider("ours, entropy bonus", ours(_bonus), note="a gradient of the entropy as well"),
     Provider("TRL logits kernel", trl_logits, ("trl",), cuda=True),
-    Provider("Liger Triton GRPO", liger_logits, ("liger-kernel",), cuda=True, inplace=True, note=_NO_ENTROPY),
+    Provider(
+        "Liger Triton GRPO", liger_logits, ("liger-kernel",), cuda=True, inplace=True, prepare=one_position_more,
+        note=_NO_ENTROPY,
+    ),
     Provider("quack cross entropy", quack_logits, ("quack-kernels",), cuda=True, note=_NO_ENTROPY),
 )
 LINEAR = (

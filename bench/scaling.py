@@ -26,8 +26,8 @@ FIELDS = {"N": "rows", "V": "vocabulary", "H": "hidden"}
 def sweeps(device: torch.device, quick: bool) -> list[tuple[Problem, str, tuple[int, ...]]]:
     if device.type == "cuda":
         logits, linear = (
-            Problem("logits", 4100, 64000, dtype=torch.bfloat16),
-            Problem("linear", 4100, 64000, 2048, torch.bfloat16),
+            Problem("logits", 4160, 64000, dtype=torch.bfloat16),
+            Problem("linear", 4160, 64000, 2048, torch.bfloat16),
         )
         factors = (1, 2, 4)
     elif quick:
