@@ -66,7 +66,8 @@ def compare(problems: list[Problem], args: argparse.Namespace, repeats: int, pat
         del made
         measure = peak if device.type == "cuda" else None
         peaks = {}
-        for provider in tqdm(present, desc=f"{problem}: memory", leave=False):
+        measured = present if harness.measures_peaks(device) else []
+        for provider in tqdm(measured, desc=f"{problem}: memory", leave=False):
             found = measure(problem, provider, device) if measure else peak_in_a_process(problem, provider, args)
             peaks[provider.name] = found / 1e6
         found = harness.make_rows(problem, listed, times, providers.BASELINE, known, device, skipped, peaks)

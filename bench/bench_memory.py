@@ -59,6 +59,8 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--budget", type=float, help="MB above the inputs")
     args = harness.start(parser.parse_args())
+    if not harness.measures_peaks(args.device):
+        parser.error("a CPU's peak memory can be measured under Linux alone")
     gpu = args.device.type == "cuda"
     sizes = (128256, 4096, torch.bfloat16) if gpu else (32000, 128 if args.quick else 512, torch.float32)
     budget = args.budget or (8000 if gpu else 100 if args.quick else 300)

@@ -303,6 +303,14 @@ def resident(name: str) -> int:
     raise RuntimeError(f"no {name} in /proc/self/status")
 
 
+_HIGH_WATER = Path("/proc/self/clear_refs")  # writing 5 starts a process's high-water mark anew
+
+
+def measures_peaks(device: torch.device) -> bool:
+    """Whether peak memory can be measured: on a GPU, and on a CPU under Linux."""
+    return device.type == "cuda" or os.access(_HIGH_WATER, os.W_OK)
+
+
 def peak_bytes(call: Callable, device: torch.device) -> int:
     """Peak memory of the second call() above what is held before it; on a CPU run it in a process of its own.
 
@@ -318,7 +326,7 @@ def peak_bytes(call: Callable, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    _HIGH_WATER.write_text("5")
     call()
     return resident("VmHWM") - before
 
