@@ -33,6 +33,13 @@ def completion_logits(model, batch):
     return output.logits[:, -length - 1 : -1], batch["input_ids"][:, -length:]
 
 
+def logits_logprobs(model, batch):
+    """Plain log-softmax of the model's own logits."""
+    logits, targets = completion_logits(model, batch)
+    picked = torch.log_softmax(logits, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(batch["completion_mask"] == 0, 0.0)
+
+
 def logits_loss(model, batch, objective, **options):
     """policy_loss of the model's own logits."""
     logits, targets = completion_logits(model, batch)
@@ -145,7 +152,16 @@ def test_peft_adapters(target):
     assert any("lm_head" in name for name in ours) == (target != "elsewhere")
     with model.disable_adapter():
         base = token_logprobs_from_model(model, batch).logprobs
-    assert not torch.equal(base, token_logprobs_from_model(model, batch).logprobs)
+    with torch.no_grad():
+        adapted = token_logprobs_from_model(model, batch).logprobs
+        # The adapter's own forward is the other side, as PEFT merges and switches it.
+        torch.testing.assert_close(adapted, logits_logprobs(model, batch), atol=2e-5, rtol=0)
+        with model.disable_adapter():
+            torch.testing.assert_close(base, logits_logprobs(model, batch), atol=2e-5, rtol=0)
+        assert not torch.equal(base, adapted)
+        if target != "saved":
+            model.merge_adapter()
+            torch.testing.assert_close(token_logprobs_from_model(model, batch).logprobs, adapted, atol=2e-5, rtol=0)
 
 
 def test_adapters_that_are_not_supported():

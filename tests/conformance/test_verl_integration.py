@@ -53,6 +53,18 @@ def test_values_and_gradients_are_verls(ours, corrected, mode, info):
             assert theirs[2][name] > 0
 
 
+def test_gspo_has_no_dual_clip():
+    """Rollouts of negative advantage whose ratio is beyond clip_ratio_c: verl's GSPO leaves them to the plain clip."""
+    data, actor = batch(3), config(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1.5)
+    data.old = data.old - 1.0
+    data.advantages = -data.advantages.abs()
+    mine, theirs = (verl_loss(data, name, "seq-mean-token-mean", actor) for name in ("a3po_gspo", "gspo"))
+    # The ratios are about e: so many times the tolerance.
+    torch.testing.assert_close(mine[0], theirs[0], atol=3 * LOSS, rtol=0)
+    torch.testing.assert_close(mine[1], theirs[1], atol=3 * GRADIENT, rtol=0)
+    assert theirs[1].any()
+
+
 @pytest.mark.parametrize("step", [0, 100])
 def test_a3po_weighs_the_selected_tokens(step, monkeypatch):
     """verl's own vanilla loss on advantages that were weighed by hand."""
@@ -112,6 +124,13 @@ def test_the_step_counts_optimizer_steps_after_a_policy_loss(monkeypatch):
         verl_loss(batch(), "a3po", "token-mean", config())
     assert integration.training_step() == 0
     optimizer.step()
+    other.step()
+    assert integration.training_step() == 1
+    data = batch()
+    with torch.no_grad():  # an evaluation of the loss, which no optimizer step will follow
+        integration.POLICY_LOSS_REGISTRY["a3po"](
+            data.old, data.old, data.advantages.unsqueeze(-1), data.mask, config=config()
+        )
     other.step()
     assert integration.training_step() == 1
     integration.set_step(7)
