@@ -1,9 +1,10 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
-from .linear_losses import LinearPolicyLoss, linear_policy_loss
-from .logprob_losses import logprob_policy_loss
-from .losses import PolicyLoss, policy_loss
-from .memory import estimate_memory
+from .losses.linear import LinearPolicyLoss, linear_policy_loss
+from .losses.logits import PolicyLoss, policy_loss
+from .losses.logprobs import logprob_policy_loss
+from .losses.shaping import group_advantages
+from .losses.stages import PolicyLossOutput
 from .objectives import (
     Cispo,
     Clip,
@@ -31,9 +32,8 @@ from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.min_p import min_p_token_logprobs
 from .ops.select_tokens import select_tokens
 from .ops.token_logprobs import TokenStats, token_logprobs
+from .planning import estimate_memory
 from .schedules import Constant, CosineDecay, ExponentialDecay, LinearDecay
-from .shaping import group_advantages
-from .token_stages import PolicyLossOutput
 
 __version__ = "0.1.0"
 

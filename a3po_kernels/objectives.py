@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Union
 
-from .ops.select_tokens import check_selection
+from .core.checks import check_selection
 from .schedules import LinearDecay, Schedule
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")

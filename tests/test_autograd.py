@@ -8,6 +8,7 @@ from batches import INTERPRETED, random_batch, run
 from torch.utils.checkpoint import checkpoint
 
 import a3po_kernels
+from a3po_kernels.backends.triton import gradient, policy_terms, selection, statistics
 from a3po_kernels.ops import linear_token_logprobs as linear
 from a3po_kernels.ops import min_p, select_tokens, surrogate, token_logprobs
 
@@ -222,9 +223,8 @@ def test_no_synchronisation_and_graph_capture():
 def test_nothing_recompiles():
     """Other lengths, batch sizes, steps, temperatures and coefficients reuse the compiled kernels."""
     kernels = [
-        token_logprobs.partial_statistics_kernel, token_logprobs.finish_statistics_kernel,
-        token_logprobs.logits_gradient_kernel, select_tokens.select_kernel, surrogate.rollout_sums_kernel,
-        surrogate.policy_terms_kernel,
+        statistics.partial_statistics_kernel, statistics.finish_statistics_kernel, gradient.logits_gradient_kernel,
+        selection.select_kernel, policy_terms.rollout_sums_kernel, policy_terms.policy_terms_kernel,
     ]  # fmt: skip
 
     def compiled():

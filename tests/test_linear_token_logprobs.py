@@ -8,7 +8,7 @@ from batches import INTERPRETED, largest_error
 
 import a3po_kernels
 import reference
-from a3po_kernels.ops._tiles import column_tiles, row_tiles
+from a3po_kernels.core.tiles import column_tiles, row_tiles
 
 ROWS, WIDTH, COLUMNS = 9, 6, 41
 NAMES = ("hidden", "weight", "bias", "a", "b")

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from batches import largest_error
 
-from a3po_kernels.ops import _math
-from a3po_kernels.ops._transform import LN2, LOG2E, Transform
+from a3po_kernels.backends.torch.statistics import merge_statistics
+from a3po_kernels.backends.triton import math as _math
+from a3po_kernels.core.transform import LN2, LOG2E, Transform
 from a3po_kernels.ops.token_logprobs import empty_results, fold_statistics
-from a3po_kernels.ops.torch_backend import merge_statistics
 
 ROWS, PARTS, COLUMNS = 6, 4, 50
 

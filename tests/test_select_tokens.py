@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import a3po_kernels
 import reference
-from a3po_kernels.ops._rounding import bounded_fraction
+from a3po_kernels.core.rounding import bounded_fraction
 
 EXAMPLES = 8 if INTERPRETED else 150
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linear_losses import linear_policy_loss
+from ..losses.linear import linear_policy_loss
+from ..losses.stages import PolicyLossOutput
 from ..objectives import Objective
 from ..ops.linear_min_p import linear_min_p_token_logprobs
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ..ops.token_logprobs import TokenStats
-from ..token_stages import PolicyLossOutput
 from ._lm_head import head_keywords, head_module, swap_head, unwrap
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.utils.kernel import linear_cross_entropy as verl_head
 
-from ..logprob_losses import logprob_policy_loss
+from ..losses.logprobs import logprob_policy_loss
 from ..objectives import Cispo, Clip, Objective, Sapo, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ._presets import PRESETS

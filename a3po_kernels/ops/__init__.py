@@ -1,0 +1,1 @@
+"""One operation a file: documented function, custom operator, autograd. It knows no kernel."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import compute_dtype
-from ._linear_head import LinearHead, Logits
-from ._tiles import default_chunk_bytes, row_tiles
-from ._transform import Transform
+from ..core.checks import compute_dtype
+from ..core.tiles import default_chunk_bytes, row_tiles
+from ..core.transform import Transform
+from .linear_head import LinearHead, Logits
 from .linear_token_logprobs import (
     EVERY,
     EXACT,

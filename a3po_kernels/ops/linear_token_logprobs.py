@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import INDEX_DTYPES, LOGIT_DTYPES, check_backend, check_tensor, check_transform, uses_triton
-from ._linear_head import LinearHead, Logits, head_gradients
-from ._tiles import column_tiles, default_chunk_bytes
-from ._transform import Transform
+from ..backends import check_backend
+from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform
+from ..core.tiles import column_tiles, default_chunk_bytes
+from ..core.transform import Transform
+from .linear_head import LinearHead, Logits, head_gradients
 from .token_logprobs import TokenStats, check_targets, empty_results, fold_statistics, write_gradient
 
 Lora = tuple[Tensor, Tensor, float]
@@ -283,7 +284,7 @@ def check_head_rows(
 def read_compaction(compaction: str | int, device: torch.device, backend: str) -> int:
     """EXACT, EVERY or a number of rows; where counting takes no synchronisation a number is EXACT."""
     if isinstance(compaction, int):
-        return compaction if device.type != "cpu" or uses_triton(backend, device) else EXACT
+        return compaction if device.type != "cpu" or backend == "triton" else EXACT
     return EXACT if compaction == "exact" or (compaction == "auto" and device.type == "cpu") else EVERY
 
 

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from . import torch_backend
-from ._dispatch import as_rows, check_rows, compute_dtype, device_guard, triton_dtype, uses_triton
-from ._token_kernels import min_p_kernel
-from ._transform import Transform
-from .token_logprobs import check_targets, is_aligned, vector_width
-
-_BLOCK = 4096
+from ..backends import check_backend, choose
+from ..core.checks import as_rows, check_rows, compute_dtype
+from ..core.transform import Transform
+from .token_logprobs import check_targets
 
 
 def min_p_rows(logits: Tensor, targets: Tensor, min_p: float, transform: Transform, backend: str) -> Tensor:
     """[N] of logits [batch, rows, V]; the transform's temperature plays no part."""
     transform = transform._replace(temperature=None, temperature_value=1.0)
-    if not uses_triton(backend, logits.device):
-        return torch_backend.min_p_token_logprobs(logits, targets, min_p, transform)
-    out = torch.empty(targets.numel(), dtype=compute_dtype(logits.dtype), device=logits.device)
-    if targets.numel() == 0:
-        return out
-    with device_guard(logits):
-        min_p_kernel[(targets.numel(),)](
-            logits, targets, out, logits.shape[-1], logits.shape[1], logits.stride(0), logits.stride(1),
-            logits.stride(2), transform.ignore_index, math.log2(min_p), transform.exponent_scale,
-            transform.logit_scale, transform.softcap or 1.0,
-            HAS_SOFTCAP=bool(transform.softcap), ALIGNED=is_aligned(logits), VEC=vector_width(logits), BLOCK=_BLOCK,
-            COMPUTE=triton_dtype(logits.dtype), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    return choose(backend, logits.device).min_p(logits, targets, min_p, transform)
 
 
 @torch.library.custom_op("a3po::min_p_token_logprobs", mutates_args=())
@@ -82,7 +64,8 @@ def min_p_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError: as token_logprobs does.
     """
-    check_rows(logits, targets, 1.0, softcap, logit_scale, backend)
+    check_rows(logits, targets, 1.0, softcap, logit_scale)
+    check_backend(backend, logits.device)
     check_min_p(min_p)
     check_targets(targets, logits.shape[-1], ignore_index, validate)
     out = _min_p(

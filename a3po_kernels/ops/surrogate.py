@@ -7,37 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import torch_surrogate
-from ._dispatch import device_guard, triton_dtype, uses_triton
-from ._surrogate_kernels import policy_terms_kernel, rollout_sums_kernel
-
-_BLOCK = 1024
-# Columns of the partial sums, one row a rollout; the last is a maximum.
-SUMS = (
-    "loss", "entropy", "kl", "approx_kl", "ratio", "clip_low", "clip_high", "dual_clip", "selected_positive",
-    "selected_negative", "positive", "negative", "active", "tokens", "ratio_max",
-)  # fmt: skip
-
-
-class SurrogateForm(NamedTuple):
-    """What the loss of a token is. Words choose code, numbers are run-time values.
-
-    kind: "clip", "cispo", "sapo" or "reinforce"; low, high: bounds of the ratio (cispo: low 0 is none); dual_clip,
-    delta: inf is none; tau_positive, tau_negative: SAPO's; beta: weight of the replacement regulariser.
-    """
-
-    kind: str
-    sequence: bool
-    kl_estimator: str
-    low: float
-    high: float
-    dual_clip: float
-    delta: float
-    tau_positive: float
-    tau_negative: float
-    kl_coef: float
-    entropy_coef: float
-    beta: float
+from ..backends import choose
+from ..core.segments import segment_sum
+from ..core.surrogate_form import SUMS, SurrogateForm
 
 
 def normalizer(
@@ -73,35 +45,17 @@ def _policy_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, sums [15]) of flat [N] tensors."""
     form = SurrogateForm(kind, sequence, kl_estimator, *numbers)
-    count, rollouts = logp.numel(), offsets.numel() - 1
+    count = logp.numel()
     arguments: Any = [
         logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
     ]  # fmt: skip
     arguments = [x if x is None else x.contiguous() for x in arguments]  # the kernels know no strides
     d_entropy = torch.zeros(count if form.entropy_coef else 0, dtype=logp.dtype, device=logp.device)
+    d_logp = torch.zeros_like(logp)  # a row that no rollout holds has no gradient
     if count == 0:
         sums = logp.new_zeros(len(SUMS))
-        return logp.new_zeros(()), torch.zeros_like(logp), d_entropy, sums
-    if not uses_triton(backend, logp.device):
-        return torch_surrogate.policy_terms(*arguments, offsets=offsets, form=form, scale=scale)
-    compute = triton_dtype(logp.dtype)
-    counts = logp.new_empty((2, rollouts))
-    log_ratio = logp.new_empty(rollouts)
-    d_logp = torch.zeros_like(logp)  # a row that no rollout holds has no gradient
-    sums = logp.new_empty((rollouts, len(SUMS)))
-    # On-policy the mean log ratio is 0 by definition: logp is its own old value.
-    logp, _, tokens, weights, _, _, old, *_ = arguments
-    before = logp if old is None else old
-    with device_guard(logp):
-        rollout_sums_kernel[(rollouts,)](
-            tokens, weights, logp, before, offsets, counts, log_ratio, rollouts,
-            SEQUENCE=sequence, BLOCK=_BLOCK, COMPUTE=compute,
-        )  # fmt: skip
-        policy_terms_kernel[(rollouts,)](
-            *arguments, offsets, scale, counts, log_ratio, d_logp,
-            d_entropy if form.entropy_coef else None, sums, *form[3:],
-            KIND=kind, SEQUENCE=sequence, ESTIMATOR=kl_estimator, BLOCK=_BLOCK, COMPUTE=compute,
-        )  # fmt: skip
+        return logp.new_zeros(()), d_logp, d_entropy, sums
+    sums = choose(backend, logp.device).policy_terms(*arguments, offsets, scale, form, d_logp, d_entropy)
     total = merge_sums(sums)
     return total[0].clone(), d_logp, d_entropy, total
 
@@ -159,7 +113,7 @@ def policy_terms(
 def token_counts(tokens: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """[2, S]: the tokens and the kept tokens of each rollout, in the weights' dtype."""
     flags = (tokens, tokens & (weights != 0))
-    return torch.stack([torch_surrogate.segment_sum(x.to(weights.dtype), offsets) for x in flags])
+    return torch.stack([segment_sum(x.to(weights.dtype), offsets) for x in flags])
 
 
 def merge_sums(stacked: Tensor) -> Tensor:

@@ -5,23 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from . import torch_backend
-from ._dispatch import as_rows, check_rows, compute_dtype, device_guard, triton_dtype, uses_triton
-from ._token_kernels import finish_statistics_kernel, logits_gradient_kernel, partial_statistics_kernel
-from ._transform import Transform
-
-# Columns of one program: a function of nothing but this constant and V, for batch invariance.
-SPLIT = 32768
-_LANES = 256
-_WARPS = 4
-_CAPPED_LANES = 128 if torch.version.hip is None else 256  # tanh needs registers; an AMD warp has 64 threads
-_FINISH_ROWS = 128
-# Bytes of a row that one program of the gradient writes.
-_GRADIENT_BYTES = 16384
-_GRADIENT_WARPS = 8
+from ..backends import check_backend, choose
+from ..core.checks import as_rows, check_rows, compute_dtype
+from ..core.transform import Transform
 
 
 class TokenStats(NamedTuple):
@@ -53,32 +41,10 @@ def fold_statistics(
     state [4, N] what merges: shift, sum, dot and the target's capped logit. shift and log2_sum are the softmax
     statistics that the same backend's gradient reads.
     """
-    rows, columns = targets.numel(), logits.shape[-1]
-    if rows == 0:
-        return
-    if not uses_triton(backend, logits.device):
-        torch_backend.fold_statistics(logits, targets, transform, results, first_column, first, last, state)
-        return
-    splits = triton.cdiv(columns, SPLIT)
-    partial = torch.empty((splits, 3, rows), dtype=results[0].dtype, device=logits.device)
-    shared = (
-        rows, columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
-        transform.temperature_stride, transform.ignore_index, transform.exponent_scale, transform.logit_scale,
-        transform.softcap or 1.0,
-    )  # fmt: skip
-    capped, compute = bool(transform.softcap), triton_dtype(logits.dtype)
-    with device_guard(logits):
-        partial_statistics_kernel[(rows, splits)](
-            logits, targets, transform.temperature, partial, *shared,
-            HAS_SOFTCAP=capped, ALIGNED=is_aligned(logits), SPLIT=SPLIT, LANES=_CAPPED_LANES if capped else _LANES,
-            VEC=vector_width(logits), COMPUTE=compute, num_warps=_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-        finish_statistics_kernel[(triton.cdiv(rows, _FINISH_ROWS),)](
-            logits, targets, transform.temperature, partial, state, *results, *shared, first_column,
-            0 if state is None else state.stride(0),
-            HAS_SOFTCAP=capped, SPLITS=splits, ROWS=_FINISH_ROWS, FIRST=first, LAST=last, COMPUTE=compute,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    if targets.numel():
+        choose(backend, logits.device).fold_statistics(
+            logits, targets, transform, results, first_column=first_column, first=first, last=last, state=state
+        )
 
 
 def empty_results(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
@@ -112,26 +78,10 @@ def write_gradient(
 
     grad_logp, grad_entropy: the incoming gradients [N]; either may be absent. A row where both are 0 becomes 0.
     """
-    if not uses_triton(backend, logits.device):
-        torch_backend.logits_gradient(
+    if targets.numel():
+        choose(backend, logits.device).write_gradient(
             out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, first_column
         )
-        return
-    rows, columns = targets.numel(), logits.shape[-1]
-    if rows == 0:
-        return
-    block = _GRADIENT_BYTES // logits.element_size()
-    with device_guard(logits):
-        logits_gradient_kernel[(rows, triton.cdiv(columns, block))](
-            logits, targets, transform.temperature, shift, log_sum, entropy, grad_logp, grad_entropy, out,
-            columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
-            out.stride(0), out.stride(1), out.stride(2), transform.temperature_stride,
-            0 if grad_logp is None else grad_logp.stride(0), 0 if grad_entropy is None else grad_entropy.stride(0),
-            transform.ignore_index, transform.exponent_scale, transform.logit_scale, transform.softcap or 1.0,
-            first_column,
-            HAS_SOFTCAP=bool(transform.softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
-            BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=_GRADIENT_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
 
 
 @torch.library.custom_op("a3po::logits_gradient", mutates_args=())
@@ -225,7 +175,8 @@ def token_logprobs(
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
         RuntimeError: on a double backward, which is not implemented.
     """
-    check_rows(logits, targets, temperature, softcap, logit_scale, backend)
+    check_rows(logits, targets, temperature, softcap, logit_scale)
+    check_backend(backend, logits.device)
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
     check_targets(targets, logits.shape[-1], ignore_index, validate)

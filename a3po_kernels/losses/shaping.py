@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objectives import PolarityWeights, TokenRule
-from .ops.select_tokens import select_flat
-from .schedules import Value
+from ..objectives import PolarityWeights, TokenRule
+from ..ops.select_tokens import select_flat
+from ..schedules import Value
 
 
 class ShapedTokens(NamedTuple):

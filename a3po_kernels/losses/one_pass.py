@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .objectives import Objective
-from .ops._dispatch import compute_dtype
-from .ops._linear_head import Gradients, LinearHead, Logits, head_gradients
-from .ops._tiles import Tiles, row_tiles
-from .ops._transform import Transform
-from .ops.linear_token_logprobs import head_statistics, scatter_rows, weight_gradient_dtype
-from .ops.surrogate import merge_sums
-from .ops.token_logprobs import TokenStats, empty_results, fold_statistics, write_gradient
-from .schedules import Value
+from ..core.checks import compute_dtype
+from ..core.tiles import Tiles, row_tiles
+from ..core.transform import Transform
+from ..objectives import Objective
+from ..ops.linear_head import Gradients, LinearHead, Logits, head_gradients
+from ..ops.linear_token_logprobs import head_statistics, scatter_rows, weight_gradient_dtype
+from ..ops.surrogate import merge_sums
+from ..ops.token_logprobs import TokenStats, empty_results, fold_statistics, write_gradient
+from ..schedules import Value
 from .shaping import ShapedTokens
-from .token_stages import TokenBatch, shape, token_terms
+from .stages import TokenBatch, shape, token_terms
 
 
 class Chunks(NamedTuple):

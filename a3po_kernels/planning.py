@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .backends.torch.rows import CPU_CHUNK, GPU_CHUNK
+from .core.checks import compute_dtype
+from .core.tiles import Tiles, column_tiles, default_chunk_bytes, row_tiles
 from .objectives import Objective
-from .ops._dispatch import compute_dtype
-from .ops._tiles import Tiles, column_tiles, default_chunk_bytes, row_tiles
-from .ops.torch_backend import CPU_CHUNK, GPU_CHUNK
 
 # fp32 or integer numbers per token that the stages between the vocabulary's two hold at once.
 _PER_TOKEN = 40

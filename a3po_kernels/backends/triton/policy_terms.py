@@ -2,8 +2,13 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ._math import LOG2E
+from ...core.surrogate_form import SUMS, SurrogateForm
+from .launch import device_guard, triton_dtype
+from .math import LOG2E
+
+_BLOCK = 1024
 
 
 @triton.jit
@@ -247,3 +252,31 @@ def policy_terms_kernel(
                 largest = _maximum(largest, tl.max(tl.where(token, ratio, 0.0), axis=0))
     sums = tl.where(lanes == 14, largest, sums)
     tl.store(sums_ptr + rollout * 15 + lanes, sums, mask=lanes < 15)
+
+
+def policy_terms(
+    logp: Tensor, entropy: Tensor, tokens: Tensor, weights: Tensor, advantages: Tensor, polarity: Tensor,
+    old: Tensor | None, reference: Tensor | None, importance: Tensor | None, proxy: Tensor | None,
+    replaced: Tensor | None, selected: Tensor | None, offsets: Tensor, scale: Tensor, form: SurrogateForm,
+    d_logp: Tensor, d_entropy: Tensor,
+) -> Tensor:  # fmt: skip
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the sums named in SUMS by rollout [S, 15]."""
+    rollouts = offsets.numel() - 1
+    counts = logp.new_empty((2, rollouts))
+    log_ratio = logp.new_empty(rollouts)
+    sums = logp.new_empty((rollouts, len(SUMS)))
+    compute = triton_dtype(logp.dtype)
+    # On-policy the mean log ratio is 0 by definition: logp is its own old value.
+    before = logp if old is None else old
+    with device_guard(logp):
+        rollout_sums_kernel[(rollouts,)](
+            tokens, weights, logp, before, offsets, counts, log_ratio, rollouts,
+            SEQUENCE=form.sequence, BLOCK=_BLOCK, COMPUTE=compute,
+        )  # fmt: skip
+        policy_terms_kernel[(rollouts,)](
+            logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced,
+            selected, offsets, scale, counts, log_ratio, d_logp, d_entropy if form.entropy_coef else None, sums,
+            *form[3:],
+            KIND=form.kind, SEQUENCE=form.sequence, ESTIMATOR=form.kl_estimator, BLOCK=_BLOCK, COMPUTE=compute,
+        )  # fmt: skip
+    return sums

@@ -1,14 +1,12 @@
-"""The policy loss of N tokens and its coefficients in plain PyTorch; the formulas of ops.surrogate."""
+"""The policy loss of N tokens and its coefficients in plain PyTorch; see ops.surrogate."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums over the rollouts, in a fixed order on every device."""
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0.0)
+from ...core.segments import segment_sum
+from ...core.surrogate_form import SurrogateForm
 
 
 def _surrogate(form, ratio, slope, logp, advantage):
@@ -54,9 +52,9 @@ def _kl(estimator: str, logp: Tensor, reference: Tensor, ratio: Tensor, slope: T
 
 def policy_terms(
     logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
-    *, offsets, form, scale,
-):  # fmt: skip
-    """(loss, dL/dlogp, dL/dH, sums); scale: one factor per rollout [S]."""
+    offsets, scale, form: SurrogateForm, d_logp_out: Tensor, d_entropy_out: Tensor,
+) -> Tensor:  # fmt: skip
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the sums named in SUMS as [1, 15]."""
     dtype = logp.dtype
     rollout = torch.searchsorted(offsets, torch.arange(logp.numel(), device=logp.device), right=True) - 1
 
@@ -99,11 +97,12 @@ def policy_terms(
         d_logp = at(d_logp + shared[rollout], tokens) * scale
     else:
         d_logp = (d_logp + d_ratio) * scale
+    d_logp_out.copy_(d_logp)
     active = d_logp != 0
-    d_entropy = logp.new_zeros(0)
     if form.entropy_coef:
         loss = loss - form.entropy_coef * entropy
         d_entropy = torch.where(kept, -form.entropy_coef * scale, 0.0)
+        d_entropy_out.copy_(d_entropy)
         active = active | (d_entropy != 0)
     loss = at(loss * scale, kept).sum()
 
@@ -123,4 +122,4 @@ def policy_terms(
         *(flag.sum() for flag in flags),
         ratio.amax(),
     ]
-    return loss, d_logp, d_entropy, torch.stack([value.to(dtype) for value in sums])
+    return torch.stack([value.to(dtype) for value in sums]).unsqueeze(0)

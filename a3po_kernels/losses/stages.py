@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .objectives import Cispo, Clip, Objective, Sapo, TokenRule
-from .ops._dispatch import check_floating
-from .ops._layout import TokenLayout
-from .ops.select_tokens import select_flat
-from .ops.surrogate import SUMS, PolicyTerms, SurrogateForm, normalizer, policy_terms, token_counts
-from .ops.token_logprobs import TokenStats
-from .schedules import Value
+from ..core.checks import check_floating
+from ..core.layout import TokenLayout
+from ..core.surrogate_form import SUMS, SurrogateForm
+from ..objectives import Cispo, Clip, Objective, Sapo, TokenRule
+from ..ops.select_tokens import select_flat
+from ..ops.surrogate import PolicyTerms, normalizer, policy_terms, token_counts
+from ..ops.token_logprobs import TokenStats
+from ..schedules import Value
 from .shaping import ShapedTokens, shape_tokens
 
 

@@ -1,51 +1,22 @@
-"""Which backend runs an operation, and the checks and small conversions that every operation shares."""
+"""The checks and small conversions of tensors that every operation shares."""
 
 from __future__ import annotations
 
-import contextlib
 import numbers
 from typing import Any
 
 import torch
-import triton
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton reads TRITON_INTERPRET once, when kernels are declared.
-BACKENDS = ("auto", "torch", "triton")
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
-
-
-def check_backend(backend: str, device: torch.device) -> None:
-    """Raises ValueError if `backend` is unknown or cannot run on `device`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and device.type == "cpu" and not INTERPRETED:
-        raise ValueError("backend='triton' needs a GPU, or TRITON_INTERPRET=1 before the import; got CPU tensors")
-
-
-def uses_triton(backend: str, device: torch.device) -> bool:
-    """Resolves 'auto': Triton on a GPU it supports, else torch."""
-    if backend != "auto":
-        return backend == "triton"
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "xpu"
+SIDES = ("low", "high")
+SCOPES = ("rollout", "batch", "global")
+ROUNDINGS = ("floor", "ceil")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 stays fp64; everything else is computed in fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def triton_dtype(dtype: torch.dtype):
-    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
-
-
-def device_guard(tensor: torch.Tensor):
-    """Makes the tensor's GPU the current one: Triton launches on the current device."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 def check_tensor(name: str, tensor: object, shape: tuple[int, ...] | None = None, dtypes=None, device=None) -> None:
@@ -94,16 +65,13 @@ def check_transform(temperature: object, softcap: object, logit_scale: object, r
         raise ValueError("temperature must be positive everywhere")
 
 
-def check_rows(
-    logits: Any, targets: Any, temperature: object, softcap: object, logit_scale: object, backend: str
-) -> None:
+def check_rows(logits: Any, targets: Any, temperature: object, softcap: object, logit_scale: object) -> None:
     """All that can be wrong with logits [..., V], targets [...] and the transform, short of their values."""
     check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
     check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
     check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)
-    check_backend(backend, logits.device)
 
 
 def as_rows(logits: torch.Tensor) -> torch.Tensor:
@@ -111,3 +79,14 @@ def as_rows(logits: torch.Tensor) -> torch.Tensor:
     if logits.ndim < 3:
         return logits[(None,) * (3 - logits.ndim)]
     return logits if logits.ndim == 3 else logits.reshape(-1, *logits.shape[-2:])
+
+
+def check_selection(ratio: object, side: str, scope: str, rounding: str) -> None:
+    """Raises ValueError or TypeError unless 0 < ratio <= 1 and the words are known."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"ratio must be a number; got {type(ratio).__name__}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must lie in (0, 1]; got {ratio}")
+    for name, value, known in (("side", side, SIDES), ("scope", scope, SCOPES), ("rounding", rounding, ROUNDINGS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")

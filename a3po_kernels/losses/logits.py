@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .objectives import Objective
-from .ops._dispatch import check_rows
-from .ops._layout import token_layout
-from .ops.min_p import min_p_token_logprobs
-from .ops.token_logprobs import TokenStats, check_no_overlap, check_targets, token_logprobs_unchecked
-from .schedules import Value
-from .token_stages import (
+from ..backends import check_backend
+from ..core.checks import check_rows
+from ..core.layout import token_layout
+from ..objectives import Objective
+from ..ops.min_p import min_p_token_logprobs
+from ..ops.token_logprobs import TokenStats, check_no_overlap, check_targets, token_logprobs_unchecked
+from ..schedules import Value
+from .stages import (
     PolicyLossOutput,
     check_objective,
     check_token_arguments,
@@ -86,7 +87,8 @@ def policy_loss(
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
     """
     check_objective(objective)
-    check_rows(logits, targets, temperature, softcap, logit_scale, backend)
+    check_rows(logits, targets, temperature, softcap, logit_scale)
+    check_backend(backend, logits.device)
     expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
     if logits.ndim != (3 if cu_seqlens is None else 2):
         hint = "; packed logits [N, V] need cu_seqlens" if cu_seqlens is None and logits.ndim == 2 else ""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import compute_dtype
-from ._tiles import Tiles
+from ..core.checks import compute_dtype
+from ..core.tiles import Tiles
 
 
 class LinearHead(NamedTuple):

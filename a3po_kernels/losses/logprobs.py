@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .objectives import Objective, TokenRule
-from .ops._dispatch import check_backend, check_floating, check_tensor, compute_dtype
-from .ops._layout import token_layout
-from .ops.token_logprobs import TokenStats
-from .schedules import Value
-from .token_stages import (
+from ..backends import check_backend
+from ..core.checks import check_floating, check_tensor, compute_dtype
+from ..core.layout import token_layout
+from ..objectives import Objective, TokenRule
+from ..ops.token_logprobs import TokenStats
+from ..schedules import Value
+from .stages import (
     PolicyLossOutput,
     check_objective,
     check_token_arguments,

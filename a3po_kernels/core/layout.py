@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import INDEX_DTYPES, check_floating, check_tensor
+from .checks import INDEX_DTYPES, check_floating, check_tensor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops._rounding import bounded_fraction
+from ..core.rounding import bounded_fraction
 
 
 def _keys(metric: Tensor, high: bool) -> tuple[Tensor, int]:

@@ -7,14 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .objectives import Objective, TokenRule
-from .one_pass import attach, one_pass, plan_chunks
-from .ops._dispatch import compute_dtype
-from .ops._layout import token_layout
-from .ops._tiles import default_chunk_bytes
-from .ops._transform import Transform
-from .ops.linear_min_p import linear_min_p_unchecked
-from .ops.linear_token_logprobs import (
+from ..core.checks import compute_dtype
+from ..core.layout import token_layout
+from ..core.tiles import default_chunk_bytes
+from ..core.transform import Transform
+from ..objectives import Objective, TokenRule
+from ..ops.linear_min_p import linear_min_p_unchecked
+from ..ops.linear_token_logprobs import (
     EVERY,
     EXACT,
     Lora,
@@ -24,10 +23,11 @@ from .ops.linear_token_logprobs import (
     read_head,
     split_rows,
 )
-from .ops.surrogate import token_counts
-from .ops.token_logprobs import check_targets
-from .schedules import Value
-from .token_stages import (
+from ..ops.surrogate import token_counts
+from ..ops.token_logprobs import check_targets
+from ..schedules import Value
+from .one_pass import attach, one_pass, plan_chunks
+from .stages import (
     PolicyLossOutput,
     TokenBatch,
     check_objective,

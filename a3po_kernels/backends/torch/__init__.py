@@ -1,0 +1,9 @@
+"""Chunked PyTorch: any device, no second N x V in fp32."""
+
+from .gradient import write_gradient
+from .min_p import min_p
+from .policy_terms import policy_terms
+from .selection import select
+from .statistics import fold_statistics
+
+__all__ = ["fold_statistics", "min_p", "policy_terms", "select", "write_gradient"]

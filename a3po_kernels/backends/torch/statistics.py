@@ -1,0 +1,76 @@
+"""Softmax statistics of the rows of logits in chunked PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ...core.transform import LN2, Transform
+from .rows import LOWEST, Rows, Scratch, capped, exponent_floor, row_scale, uniformly
+
+
+def _tile_statistics(logits, targets, active, transform: Transform, dtype: torch.dtype) -> torch.Tensor:
+    """State [4, N] of a tile: shift m = max u, sum of 2^t and of 2^t t with t = k (u - m), the target's u (or NaN)."""
+    count = targets.numel()
+    known = active & (targets >= 0) & (targets < logits.shape[-1])
+    safe_targets = torch.where(known, targets, 0).long()
+    state = torch.zeros((4, count), dtype=dtype, device=logits.device)
+    shift, total, dot, target_u = state.unbind()
+    work = Rows(logits, active)
+    u_scratch, t_scratch, e_scratch = (Scratch(work.step + 1, work.columns, logits, dtype) for _ in range(3))
+    for rows in work.chunks():
+        u = capped(work.read(rows), u_scratch, transform)
+        n = u.shape[0]
+        at_least_two = max(n, 2)
+        k = row_scale(rows, transform, dtype)
+        # A finite shift: a tile of nothing but -inf then sums to 0 instead of NaN.
+        m = u.amax(-1, keepdim=True).clamp_min_(LOWEST)
+        t, e = t_scratch.rows(n), e_scratch.rows(n)
+        torch.sub(u, m, out=t).mul_(k).clamp_min_(exponent_floor(dtype))
+        e.copy_(t)
+        e_scratch.apply_(torch.exp2_, n)
+        shift[rows] = m.squeeze(-1)
+        total[rows] = e_scratch.rows(at_least_two).sum(-1)[:n]
+        target_u[rows] = u.gather(-1, safe_targets[rows].unsqueeze(-1)).squeeze(-1)
+        t.mul_(e)
+        dot[rows] = t_scratch.rows(at_least_two).sum(-1)[:n]
+    target_u.masked_fill_(~known, torch.nan)
+    return state
+
+
+def merge_statistics(a: torch.Tensor, b: torch.Tensor, k: torch.Tensor | float) -> torch.Tensor:
+    """The state [4, N] of two disjoint parts of a vocabulary; associative up to rounding. k: base-2 exponents per u."""
+    shift = torch.maximum(a[0], b[0])
+
+    def moved(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        move = ((state[0] - shift) * k).clamp_min(exponent_floor(shift.dtype))
+        scale = uniformly(torch.exp2, move)
+        return scale * state[1], scale * (state[2] + move * state[1])
+
+    (sum_a, dot_a), (sum_b, dot_b) = moved(a), moved(b)
+    return torch.stack([shift, sum_a + sum_b, dot_a + dot_b, torch.where(a[3].isnan(), b[3], a[3])])
+
+
+def fold_statistics(
+    logits, targets, transform: Transform, results, *, first_column: int = 0, first: bool = True, last: bool = True,
+    state=None,
+) -> None:  # fmt: skip
+    """Folds a tile of a vocabulary into the statistics of its rows; see backends.triton.statistics."""
+    dtype = results[0].dtype
+    active = targets != transform.ignore_index
+    k = row_scale(slice(None), transform, dtype)
+    k = k if isinstance(k, float) or k.ndim == 0 else k.squeeze(-1)
+    merged = _tile_statistics(logits, targets - first_column, active, transform, dtype)
+    if not first:
+        merged = merge_statistics(state, merged, k)
+    if not last:
+        state.copy_(merged)
+        return
+    shift, total, dot, target = merged
+    # Nothing but -inf in the row: no distribution. A row left out has no statistics.
+    total = torch.where(active, torch.where(total == 0, torch.nan, total), 1.0)
+    log_sum = uniformly(torch.log2, total)
+    # Not clamped as t is: a target at -inf has logp -inf. NaN: a target outside the vocabulary.
+    logp = ((target - shift) * k - log_sum) * LN2
+    entropy = (log_sum - dot / total) * LN2
+    for result, values in zip(results, (logp, entropy, shift, log_sum), strict=True):
+        result.copy_(torch.where(active, values, 0.0))
