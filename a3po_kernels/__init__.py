@@ -1,9 +1,9 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
+from .losses.advantages import group_advantages
 from .losses.linear import LinearPolicyLoss, linear_policy_loss
 from .losses.logits import PolicyLoss, policy_loss
 from .losses.logprobs import logprob_policy_loss
-from .losses.shaping import group_advantages
 from .losses.stages import PolicyLossOutput
 from .objectives import (
     Cispo,

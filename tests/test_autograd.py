@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from batches import INTERPRETED, random_batch, run
 from torch.utils.checkpoint import checkpoint
 
 import a3po_kernels
-from a3po_kernels.backends.triton import gradient, policy_terms, selection, statistics
+from a3po_kernels.backends.triton import statistics
+from a3po_kernels.backends.triton.gradient import logits_gradient_kernel
+from a3po_kernels.backends.triton.one_launch import one_launch_kernel
+from a3po_kernels.backends.triton.policy_terms import policy_metrics_kernel, policy_terms_kernel
+from a3po_kernels.backends.triton.scaling import scale_kernel
+from a3po_kernels.backends.triton.selection import token_rules_kernel
+from a3po_kernels.backends.triton.tokens import normalizer_kernel, read_tokens_kernel
 from a3po_kernels.ops import linear_token_logprobs as linear
-from a3po_kernels.ops import min_p, select_tokens, surrogate, token_logprobs
+from a3po_kernels.ops import min_p, select_tokens, surrogate, token_logprobs, tokens
 
 
 def small(device, dtype=torch.float64):
@@ -38,7 +46,11 @@ def test_gradcheck(options, backend, device):
         return a3po_kernels.token_logprobs(z, targets, backend=backend, **options)
 
     assert torch.autograd.gradcheck(statistics, (logits,))
-    assert torch.autograd.gradcheck(lambda z: loss_of(z, targets, advantages, old, backend, **options), (logits,))
+    loss = functools.partial(loss_of, targets=targets, advantages=advantages, old=old, backend=backend, **options)
+    assert torch.autograd.gradcheck(functools.partial(loss, route="two-stage"), (logits,))
+    # The one launch's backward runs once: its gradient is the other's.
+    found = [torch.autograd.grad(loss(logits, route=route), logits)[0] for route in ("one-launch", "two-stage")]
+    assert (found[0] - found[1]).abs().max() < 1e-15
 
 
 def test_double_backward_raises(backend, device):
@@ -47,6 +59,7 @@ def test_double_backward_raises(backend, device):
         lambda z: a3po_kernels.token_logprobs(z, targets, backend=backend).logprobs.sum(),
         lambda z: a3po_kernels.token_logprobs(z, targets, backend=backend).entropy.sum(),
         lambda z: loss_of(z, targets, advantages, old, backend),
+        lambda z: loss_of(z, targets, advantages, old, backend, route="two-stage"),
     ):
         (gradient,) = torch.autograd.grad(function(logits), logits, create_graph=True)
         with pytest.raises(RuntimeError):
@@ -66,7 +79,7 @@ def test_inplace_backward(backend, device):
     seen = []
     logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
     (gradient,) = torch.autograd.grad(output.loss, leaf)
-    assert torch.equal(gradient, expected) and output.route == "logits-inplace"
+    assert torch.equal(gradient, expected) and output.route == "one-launch"
     assert seen == [address], "the gradient lies where the logits lay"
 
     logits = leaf * 1.0
@@ -112,6 +125,20 @@ def test_gradient_accumulation(backend, device):
     assert (logits.grad - expected).abs().nan_to_num().max() < 1e-13
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_launch_backward_runs_once(inplace, backend, device):
+    """Its gradient is scaled in place; a second backward says so instead of scaling twice."""
+    leaf, targets, advantages, old = small(device, torch.float32)
+    options = {"route": "one-launch", "inplace_backward": inplace}
+    once = torch.autograd.grad(loss_of(leaf * 1.0, targets, advantages, old, backend, **options) * 3.0, leaf)[0]
+    plain = torch.autograd.grad(loss_of(leaf, targets, advantages, old, backend, route="two-stage") * 3.0, leaf)[0]
+    torch.testing.assert_close(once, plain)
+    loss = loss_of(leaf * 1.0, targets, advantages, old, backend, **options)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="route='two-stage'"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(reentrant, backend, device):
     logits, targets, advantages, old = small(device)
@@ -141,13 +168,22 @@ def test_opcheck(backend, device):
     offsets = torch.tensor([0, 4, 10], device=device)
     torch.library.opcheck(select_tokens._select_tokens, (ones, ones > 0, offsets, 0.2, False, False, 1, 0, backend))
     torch.library.opcheck(min_p._min_p, (logits.detach(), flat, 0.02, 1.0, 0.0, -100, backend))
+    per_rollout = ones[:2]
+    read = (flat, flat > 0, offsets, per_rollout, ones, per_rollout, 10, [True, False, True], [1.0, 0.5, 1.0], -100)
+    torch.library.opcheck(tokens._read_tokens, (*read, torch.float32, backend))
+    torch.library.opcheck(tokens._read_tokens, (None, None, *read[2:4], None, None, *read[6:], torch.float32, backend))
+    torch.library.opcheck(tokens._count_kept, (ones, offsets, backend))
+    torch.library.opcheck(tokens._normalizer, (per_rollout, "tokens", True, None, 0.0, 0.0, backend))
+    rules = ([ones, ones], [1, 0, 0, 0, -1, 1, 1, 1], [0.2, 1.0, 2.0, 0.3, 0.0, 0.0], [ones[0]])
+    torch.library.opcheck(tokens._apply_rules, (ones, ones, offsets, *rules, backend))
     logp, entropy = stats[0].requires_grad_(), stats[1].requires_grad_()
     numbers = [0.8, 1.28, float("inf"), float("inf"), 1.0, 1.0, 0.0, 0.1, 0.0]
+    rollout = torch.zeros(10, dtype=torch.int32, device=device)
     torch.library.opcheck(
         surrogate._policy_terms,
         (
-            logp, entropy, ones > 0, ones, ones, ones, None, None, None, None, None, None, offsets, ones[:2] / 10,
-            "clip", False, "k3", numbers, backend,
+            logp, entropy, ones > 0, rollout, ones, ones, ones, None, None, None, None, None, None, offsets,
+            per_rollout * 5, per_rollout / 10, None, 1.0, "clip", False, "k3", numbers, backend,
         ),
     )  # fmt: skip
     hidden, weight = torch.randn(10, 4, device=device), torch.randn(9, 4, device=device)
@@ -155,10 +191,11 @@ def test_opcheck(backend, device):
     leaves = [x.requires_grad_() for x in (hidden, weight, torch.randn(9, device=device), *lora)]
     targets = flat % 8
     options = (0.5, 8, torch.float32, torch.float32, None, 0.7, 1.0, 5.0, -100, 200, -1, -1, backend)
-    torch.library.opcheck(linear._linear_statistics, (*leaves, None, targets, *options))
+    given = (None, None)
+    torch.library.opcheck(linear._linear_statistics, (*leaves, None, targets, *options, *given))
     with torch.no_grad():
-        stats = linear._linear_statistics(*leaves, None, targets, *options)
-        gradient = (targets, stats[2], stats[3], stats[1], ones, None, [True] * 5, *options)
+        stats = linear._linear_statistics(*leaves, None, targets, *options, *given)
+        gradient = (targets, stats[2], stats[3], stats[1], ones, None, [True] * 5, *options, None)
         torch.library.opcheck(linear._linear_gradient, (*leaves, None, *gradient))
         torch.library.opcheck(linear._linear_gradient, (*leaves, torch.zeros(9, 4, device=device), *gradient))
 
@@ -223,8 +260,8 @@ def test_no_synchronisation_and_graph_capture():
 def test_nothing_recompiles():
     """Other lengths, batch sizes, steps, temperatures and coefficients reuse the compiled kernels."""
     kernels = [
-        statistics.partial_statistics_kernel, statistics.finish_statistics_kernel, gradient.logits_gradient_kernel,
-        selection.select_kernel, policy_terms.rollout_sums_kernel, policy_terms.policy_terms_kernel,
+        statistics.row_statistics_kernel, logits_gradient_kernel, one_launch_kernel, token_rules_kernel,
+        policy_terms_kernel, policy_metrics_kernel, read_tokens_kernel, normalizer_kernel, scale_kernel,
     ]  # fmt: skip
 
     def compiled():
@@ -235,7 +272,11 @@ def test_nothing_recompiles():
         targets = torch.randint(0, 512, (rollouts, length), device="cuda")
         objective = a3po_kernels.a3po(**keywords.pop("objective", {}))
         advantages = torch.ones(rollouts, device="cuda")
-        a3po_kernels.policy_loss(logits, targets, advantages, objective=objective, **keywords).loss.backward()
+        for route in ("one-launch", "two-stage"):
+            a3po_kernels.policy_loss(
+                logits, targets, advantages, objective=objective, route=route,
+                old_logprobs=-torch.rand(rollouts, length, device="cuda"), **keywords,
+            ).loss.backward()  # fmt: skip
 
     go(2, 7)
     before = compiled()

@@ -1,17 +1,31 @@
-"""The benchmarks: rows have the documented fields, pages show nothing else, and the GPU's call walks on a CPU."""
+"""The benchmarks: rows have the documented fields, pages show nothing else, and providers compute the same."""
 
 from __future__ import annotations
 
-import json
+import ast
+import graphlib
 import re
-import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import bench_memory, gpus, harness, machine_code, on_gpu, profile_step, providers, report, scaling
+from bench import (
+    _compare,
+    bench_host,
+    bench_memory,
+    gpus,
+    harness,
+    machine_code,
+    profile_step,
+    providers,
+    report,
+    scaling,
+    trl_kernels,
+)
 from bench.harness import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,10 +69,36 @@ def test_a_changed_number_is_found():
         report.render("<!-- data:nothing -->\n<!-- end -->", made)
 
 
-def test_no_gpu_number_without_a_gpus_rows():
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_a_page_says_which_gpu_and_which_commit_or_that_none_was_measured(page):
     assert report.gpu([]) == report.NOT_MEASURED
+    text = page.read_text()
     measured = [path for path in harness.RESULTS.iterdir() if path.is_dir() and path.name != "cpu"]
-    assert (report.NOT_MEASURED in report.PAGES[0].read_text()) == (not measured)
+    assert (report.NOT_MEASURED in text) == (not measured)
+    for folder in measured:
+        rows = [row for name in ("logits", "linear") for row in report.rows_of(name, folder)]
+        assert rows and {row["device"].lower().replace(" ", "-") for row in rows} == {folder.name}
+        assert all(row["device"] in text and row["commit"] in text for row in rows)
+
+
+def test_two_runs_are_two_tables():
+    """A time of one run never stands beside another's, and who could not run in one is not said to be missing."""
+    problem = {"rows": 8, "vocabulary": 100, "hidden": None, "dtype": "bf16", "active_fraction": 1.0}
+    times = {"median_ms": 2.0, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "limit_ms": 1.0, "versions": {}}
+
+    def rows(run: int, skipped: str | None) -> list[dict]:
+        found = []
+        for provider, reason in (("eager", None), ("peer", skipped)):
+            for mode in ("forward", "both"):
+                row = dict.fromkeys(harness.SCHEMA) | problem | times | {"percent_of_limit": 50.0}
+                found.append(row | {"run": run, "provider": provider, "mode": mode, "skipped": reason})
+        return found
+
+    text = report.comparison([*rows(1, "not installed"), *rows(2, None)])
+    first, second = text.split("run 2, not to be compared")
+    assert "| eager |" in first and "| peer |" not in first
+    assert "| eager |" in second and "| peer |" in second and "Not run here" not in text
+    assert "Not run here: peer: not installed" in report.comparison(rows(1, "not installed"))
 
 
 def test_limits():
@@ -78,7 +118,28 @@ def test_gpu_limits():
     h200 = next(gpu for gpu in gpus.GPUS if gpu.name == "H200")
     times = h200.limits(13.8, "bf16", 1)
     assert times["instructions"] == pytest.approx(times["bytes"], rel=0.02)
-    assert {gpu.target for gpu in gpus.GPUS} == set(machine_code.TARGETS)
+    assert {gpu.target for gpu in gpus.GPUS} == set(gpus.CORES) == set(machine_code.TARGETS)
+
+
+def test_warps_that_a_core_holds():
+    """By hand from CUDA's occupancy rules: 65536 registers by 256 a warp, 64 warps, 228 KB less 1 KB a program."""
+    sm = gpus.CORES["sm_90"]
+    assert sm.resident_warps(32, 4, 0) == 64
+    assert sm.resident_warps(40, 4, 0) == 48  # 51 warps' registers are 12 programs
+    assert sm.resident_warps(41, 8, 0) == 40  # 48 a thread: 42 warps
+    assert sm.resident_warps(64, 32, 0) == 32  # one program of 1024 threads
+    assert sm.resident_warps(32, 4, 100 * 1024) == 8  # two programs' shared memory
+    assert sm.resident_warps(128, 1, 0) == 16  # by registers, not the 32 programs
+    assert gpus.CORES["gfx942"].resident_warps(128, 4, 0) == 16  # four wavefronts a SIMD
+
+
+def test_loads_are_told_from_other_instructions():
+    nvidia = {"LDG.E.128": 16, "LDG.E.EF.128": 16, "LDG.E.64.CONSTANT": 8, "LDG.E": 4, "LDG.E.U16": 2, "LDG.E.U8": 1,
+              "LDGSTS.E.BYPASS.128": 16, "LDS.128": 0, "STG.E.128": 0, "IMAD": 0}  # fmt: skip
+    assert {name: machine_code.nvidia_load(name) for name in nvidia} == nvidia
+    amd = {"global_load_dwordx4": 16, "buffer_load_dwordx2": 8, "global_load_dword": 4, "global_load_ushort": 2,
+           "global_load_ubyte": 1, "global_store_dwordx4": 0, "ds_read_b128": 0}  # fmt: skip
+    assert {name: machine_code.amd_load(name) for name in amd} == amd
 
 
 def test_quantiles_and_fits():
@@ -121,9 +182,8 @@ def test_providers_compute_the_same_loss(problem):
     loss, gradients = run(providers.named(f"{problem.operation}:{providers.BASELINE}"))
     compared = 0
     for provider in providers.table(problem):
-        if provider.missing(device) or provider.name == "torch.compile" or "a3po" in provider.name:
-            continue
-        if "bonus" in provider.name or provider.name.startswith("Liger"):  # another loss; Liger compiles
+        compiles = provider.name in ("torch.compile", "Liger chunked GRPO")
+        if provider.missing(device) or compiles or not provider.dapo:
             continue
         found, others = run(provider)
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
@@ -131,6 +191,86 @@ def test_providers_compute_the_same_loss(problem):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
         compared += 1
     assert compared >= 3
+
+
+def test_the_products_alone_are_the_heads():
+    """logits, dHidden and dWeight of the rows with a gradient; the other rows' dHidden is 0."""
+    problem = Problem("linear", 40, 30, 16, active_fraction=0.2)
+    provider = providers.named("linear:three GEMMs alone")
+    batch = providers.leaves(provider.prepare(providers.inputs(problem, torch.device("cpu"))))
+    hidden, weight = batch["hidden"], batch["weight"]
+    found = torch.autograd.grad(provider.forward(batch), [hidden, weight])
+    flat = hidden.detach().flatten(0, 1)[:8]
+    logits = flat @ weight.detach().t()
+    torch.testing.assert_close(found[0].flatten(0, 1)[:8], logits @ weight.detach())
+    torch.testing.assert_close(found[1], logits.t() @ flat)
+    assert found[0].flatten(0, 1)[8:].count_nonzero() == 0
+
+
+def test_no_problem_is_begun_after_the_limit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "ceilings", lambda *rest: {})
+    args = Namespace(device=torch.device("cpu"), quick=True, limit=-1.0)
+    _compare.compare([Problem("logits", 40, 300)], args, 1, tmp_path / "logits.jsonl")
+    assert "out of time: logits 40 x 300" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_the_host_time_is_of_the_step_alone():
+    calls = []
+    times = bench_host.host_times(lambda: time.sleep(0.05), lambda batch: calls.append(batch), torch.device("cpu"), 3)
+    assert len(calls) == len(times) == 3 and max(times) < 25.0
+
+
+def test_triton_launches_are_counted():
+    from triton.knobs import runtime
+
+    class Launch:
+        def get(self):
+            return {"name": "some_kernel"}
+
+    with bench_host.triton_launches() as counted:
+        runtime.launch_enter_hook(Launch())
+        runtime.launch_enter_hook(Launch())
+    runtime.launch_enter_hook(Launch())
+    assert counted == {"some_kernel": 2}
+
+
+def test_operators_of_a_step_are_counted():
+    x = torch.ones(4)
+    found = bench_host.launches(lambda: x.add(1).mul(2), torch.device("cpu"))
+    assert found["operators"] == 2 and found["device_activities"] is None
+
+
+def test_trls_kernels_come_from_the_installed_files(monkeypatch, tmp_path):
+    """By path, with the relative imports they make, and nothing of trl itself is run."""
+    (tmp_path / "trl" / "kernels").mkdir(parents=True)
+    (tmp_path / "trl" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "trl" / "kernels" / "some.py").write_text(
+        "from transformers.utils import is_triton_available\n"
+        "def enter():\n    from ..trainer.utils import maybe_gather_lm_head_ctx\n"
+        "    return maybe_gather_lm_head_ctx(None)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name == "trl" or name.startswith("trl.")]:
+        monkeypatch.delitem(sys.modules, name)
+    module = trl_kernels.load("some")
+    assert module.is_triton_available() and module.__file__ == str(tmp_path / "trl" / "kernels" / "some.py")
+    with module.enter():
+        assert "trl" not in sys.modules
+    with pytest.raises(ModuleNotFoundError, match=r"trl\.kernels\.none"):
+        trl_kernels.load("none")
+
+
+def test_no_circle_of_imports():
+    """Also none that a function hides by importing late."""
+    imports = {}
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bench":
+                found |= {node.module.split(".")[1]} if "." in node.module else {a.name for a in node.names}
+        imports[path.stem] = found
+    assert "machine_code_peers" in imports["machine_code"]
+    graphlib.TopologicalSorter(imports).prepare()  # CycleError names the modules
 
 
 def test_providers_know_what_they_lack():
@@ -147,62 +287,3 @@ def test_stages_of_a_profile():
     assert profile_step.stage("aten::where", [[100], [100]], problem) == "tokens (N numbers)"
     assert profile_step.stage("aten::index_select", [[100, 64]], problem) == "hidden states and weight"
     assert profile_step.stage("aten::copy_", [[100, 32000]], problem) == "copies and fills"
-
-
-def row_of(name: str, provider: str, ratio: float) -> dict:
-    row = dict.fromkeys(harness.SCHEMA)
-    return row | {"provider": provider, "operation": name, "mode": "both", "active_fraction": 1.0, "ratio": ratio}
-
-
-def test_floors(tmp_path):
-    good = {key: 0.9 / floor for key, floor in on_gpu.FLOORS.items()}
-
-    def write(ratios: dict) -> None:
-        for name in {name for name, _ in ratios}:
-            rows = [row_of(name, provider, ratio) for (n, provider), ratio in ratios.items() if n == name]
-            harness.write(rows, tmp_path / f"{name}.jsonl", quiet=True)
-
-    assert len(on_gpu.below_floor(tmp_path)) == len(on_gpu.FLOORS), "nothing was measured"
-    write(good)
-    assert on_gpu.below_floor(tmp_path) == []
-    slow = next(iter(good))
-    write({**good, slow: 1.1 / on_gpu.FLOORS[slow]})
-    assert len(on_gpu.below_floor(tmp_path)) == 1
-
-
-def call_on_gpu(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "bench.on_gpu", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_dry_run_walks_every_stage(tmp_path):
-    ran = call_on_gpu("--dry-run", "--folder", str(tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    done = json.loads((tmp_path / "on_gpu.json").read_text())
-    assert list(done) == list(on_gpu.STAGES)
-    others = {name: stage["status"] for name, stage in done.items() if stage["status"] != "passed"}
-    if not torch.cuda.is_available():
-        # Every test of a promise was found, and skipped for want of a GPU.
-        assert others.pop("cuda tests") == others.pop("promises") == "skipped"
-        assert done["promises"]["result"]["counts"]["skipped"] == 3
-    assert others in ({}, {"sanitizer": "skipped"})
-    checked = {(row["preset"], row["route"]) for row in done["correctness"]["result"]["rows"]}
-    assert len(checked) == 12 * 4
-    assert {path.name for path in tmp_path.glob("*.jsonl")} >= {"logits.jsonl", "linear.jsonl", "tuning.jsonl"}
-    assert "stage" in ran.stdout and "correctness" in ran.stdout
-
-
-def test_a_cut_off_run_keeps_what_it_has(tmp_path):
-    ran = call_on_gpu(
-        "--dry-run", "--folder", str(tmp_path), "--stages", "determinism", "tuning", "--limit", "0.01", "--check"
-    )
-    assert ran.returncode == 1 and "no time" in ran.stdout
-    done = json.loads((tmp_path / "on_gpu.json").read_text())
-    assert list(done) == ["environment", "determinism", "tuning"]
-    assert done["environment"]["status"] == "passed" and done["tuning"]["status"] == "no time"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
-    ran = call_on_gpu("--quick")
-    assert ran.returncode == 2 and "needs a CUDA GPU" in ran.stderr

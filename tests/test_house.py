@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -75,11 +77,15 @@ def test_operations_know_no_kernel():
     for name, path in modules("a3po_kernels").items():
         if name.split(".")[1:2] in (["ops"], ["losses"]):
             text = path.read_text()
-            assert "import triton" not in text and "backends.triton" not in text and "backends.torch" not in text, name
+            imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.MULTILINE)
+            assert not [module for module in imported if "triton" in module or "backends.torch" in module], name
 
 
 def test_backends_speak_the_same_functions():
     from a3po_kernels.backends import torch, triton
 
     assert torch.__all__ == triton.__all__
-    assert all(callable(getattr(torch, name)) and callable(getattr(triton, name)) for name in torch.__all__)
+    for name in torch.__all__:
+        ours, theirs = getattr(torch, name), getattr(triton, name)
+        if callable(ours):
+            assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name

@@ -36,6 +36,14 @@ def test_no_barrier_in_the_vocabulary_loop(name, architecture):
     assert found.loop_instructions > 0 and found.barriers_in_loop == 0
 
 
+@pytest.mark.parametrize("name", ["statistics bf16", "statistics fp32", "gradient bf16", "gradient fp32 entropy"])
+def test_enough_bytes_in_flight(name):
+    """An H200's SM takes 4.8e12 / 132 bytes a second: 25 KB under way at a latency of 700 ns, and half as many more."""
+    found = inspect(CASES[name], "sm_90")
+    assert found.load_bytes >= 16
+    assert found.bytes_in_flight == found.load_bytes * 32 * found.warps_resident >= 38 * 1024
+
+
 def test_forward_instructions_per_element():
     """At full bandwidth an H200 has 13.8 issue slots per bf16 element of a read-only kernel; we take 9 at most."""
     found = inspect(CASES["statistics bf16"], "sm_90")

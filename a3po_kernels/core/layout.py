@@ -45,26 +45,26 @@ class TokenLayout:
         check_tensor(name, values, self.shape, device=self.offsets.device)
         check_floating(name, values)
 
-    def per_token(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values per rollout [S] or per token, flat per token [N]; per rollout wins where both would fit."""
-        values = values.detach().to(dtype)
-        if tuple(values.shape) != (self.rollouts,):
-            return values.reshape(-1)
-        if self.padded:
-            return values.unsqueeze(1).expand(self.shape).reshape(-1)
-        rows = torch.arange(self.count, device=values.device)
-        return values[torch.searchsorted(self.offsets, rows, right=True) - 1]
-
     def flat(self, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """A per-token tensor, detached and flat [N]."""
         return None if values is None else values.detach().reshape(-1).to(dtype).contiguous()
 
+    def check_mask(self, mask: Any) -> None:
+        """Raises unless mask is None or a tensor per token, of bools or numbers."""
+        if mask is not None:
+            check_tensor("mask", mask, self.shape, device=self.offsets.device)
+
     def flat_mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask, bool or 0/1, as a flat bool [N]."""
-        if mask is None:
-            return None
-        check_tensor("mask", mask, self.shape, device=self.offsets.device)
-        return (mask if mask.dtype == torch.bool else mask != 0).reshape(-1).contiguous()
+        self.check_mask(mask)
+        return None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).reshape(-1).contiguous()
+
+
+def _evenly(count: int, length: int, device: torch.device) -> Tensor:
+    """Offsets of `count` rollouts of one length."""
+    if length == 0:
+        return torch.zeros(count + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, count * length + 1, length, device=device)
 
 
 def token_layout(
@@ -80,10 +80,10 @@ def token_layout(
     shape, device = tuple(tokens.shape), tokens.device
     if cu_seqlens is None:
         if len(shape) == 1 and one_rollout:
-            return TokenLayout(shape, torch.arange(2, device=device) * shape[0], padded=False)
+            return TokenLayout(shape, _evenly(1, shape[0], device), padded=False)
         if len(shape) != 2:
             raise ValueError(f"{name} must have shape [B, T], or [N] with cu_seqlens; got {list(shape)} without them")
-        return TokenLayout(shape, torch.arange(shape[0] + 1, device=device) * shape[1], padded=True)
+        return TokenLayout(shape, _evenly(shape[0], shape[1], device), padded=True)
     check_tensor("cu_seqlens", cu_seqlens, dtypes=INDEX_DTYPES, device=device)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape [S + 1]; got {list(cu_seqlens.shape)}")

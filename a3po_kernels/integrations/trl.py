@@ -10,7 +10,8 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import nanmax, nanmin
 
-from ..losses.stages import PolicyLossOutput, reads_old_entropy
+from ..losses.batch import reads_old_entropy
+from ..losses.stages import PolicyLossOutput
 from ..objectives import Cispo, Clip, Objective, PolarityWeights
 from ._trl_config import A3POConfig, ratio_bounds
 from .transformers import check_head, min_p_logprobs_from_model, policy_loss_from_model, token_logprobs_from_model

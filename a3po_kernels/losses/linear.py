@@ -11,64 +11,25 @@ from ..core.checks import compute_dtype
 from ..core.layout import token_layout
 from ..core.tiles import default_chunk_bytes
 from ..core.transform import Transform
-from ..objectives import Objective, TokenRule
+from ..objectives import Objective
 from ..ops.linear_min_p import linear_min_p_unchecked
 from ..ops.linear_token_logprobs import (
     EVERY,
     EXACT,
+    GIVEN,
     Lora,
     check_head_rows,
     head_statistics_unchecked,
     read_compaction,
     read_head,
-    split_rows,
 )
-from ..ops.surrogate import token_counts
-from ..ops.token_logprobs import check_targets
 from ..schedules import Value
+from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
-from .stages import (
-    PolicyLossOutput,
-    TokenBatch,
-    check_objective,
-    check_token_arguments,
-    loss_scale,
-    policy_output,
-    reads_current,
-    shape,
-    token_batch,
-    token_terms,
-)
+from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread
+from .stages import PolicyLossOutput, current_rules, loss_scale, policy_output, shape, token_terms
 
 ROUTES = ("auto", "one-pass", "recompute")
-
-
-def _reads(objective: Objective, batch: TokenBatch) -> str:
-    """Whose statistics the gradient of a token depends on: the "token"'s own, its "rollout"'s or the "batch"'s."""
-    current = [rule for rule in objective.shaping if isinstance(rule, TokenRule) and reads_current(rule, batch)]
-    if any(rule.scope != "rollout" for rule in current) or (current and objective.normalize_over == "selected"):
-        return "batch"
-    return "rollout" if current or objective.ratio_level == "sequence" else "token"
-
-
-def _possible(objective: Objective, batch: TokenBatch, weights: Tensor | None) -> Tensor:
-    """Bool [N]: the tokens whose own terms may have a gradient, from what is known before any logit is."""
-    possible = batch.tokens if weights is None else batch.tokens & (weights != 0)
-    if objective.kl_coef == 0 and objective.entropy_coef == 0:
-        possible = possible & (batch.advantages != 0)
-    return possible
-
-
-def _spread(flags: Tensor, batch: TokenBatch, unit: str) -> Tensor:
-    """The tokens that share a unit with a flagged one."""
-    if unit == "token":
-        return flags
-    if unit == "batch":
-        return batch.tokens
-    some = token_counts(flags, flags.to(batch.advantages.dtype), batch.offsets)[0] > 0
-    rows = torch.arange(flags.numel(), device=flags.device)
-    rollout = (torch.searchsorted(batch.offsets, rows, right=True) - 1).clamp(max=max(some.numel() - 1, 0))
-    return batch.tokens & some[rollout] if some.numel() else batch.tokens
 
 
 def linear_policy_loss(
@@ -87,6 +48,7 @@ def linear_policy_loss(
     compaction: str | int = "auto",
     statistics: str = "all",
     head_dtype: torch.dtype | None = None,
+    plan: RowPlan | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
@@ -120,6 +82,8 @@ def linear_policy_loss(
             depends on; the others never meet the weight. Their log-probs and entropy are 0, and the metrics are means
             over the computed tokens (token_count and active_fraction are of all of them). With a number of rows as
             compaction these must fit as well, else everything is NaN.
+        plan: plan_rows' of this batch. On a GPU the number of rows to multiply is then known ahead; without one (and
+            with compaction "auto" or "exact") the call waits for it once, before its first product.
         The rest: as in policy_loss.
 
     Returns:
@@ -145,82 +109,128 @@ def linear_policy_loss(
     if statistics not in ("all", "active"):
         raise ValueError(f"statistics must be 'all' or 'active'; got {statistics!r}")
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
-    check_token_arguments(
-        layout, objective, advantages, old_logprobs, ref_logprobs, polarity, old_entropy, min_p_logprobs,
-        importance_weights, step, denominator, max_length,
+    given = TokenArguments(
+        advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
+        denominator, max_length,
     )  # fmt: skip
-    keep = layout.flat_mask(mask)
-    targets = targets.reshape(-1)
-    if keep is not None:
-        targets = torch.where(keep, targets, ignore_index)
-    check_targets(targets, head.vocabulary, ignore_index, validate)
-    tokens = targets != ignore_index
-
+    batch = TokenBatch.read(
+        layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.vocabulary,
+        ignore_index=ignore_index, validate=validate,
+    )  # fmt: skip
+    assert batch.targets is not None
+    flat_targets = batch.targets
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
-    max_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device)
     chosen = read_compaction(compaction, hidden.device, backend)
     if chosen > 0 and route == "one-pass":
         raise ValueError("route='one-pass' takes compaction 'exact' or 'none'; a number of rows needs 'recompute'")
-    exact = EXACT if chosen == EXACT else EVERY
-    batch = token_batch(
-        layout, tokens, compute_dtype(head.dtype), advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        polarity=polarity, old_entropy=old_entropy, min_p_logprobs=min_p_logprobs,
-        importance_weights=importance_weights,
-    )  # fmt: skip
-    if objective.low_probability is not None and min_p_logprobs is None:
-        candidates = torch.where(batch.advantages < 0, targets, ignore_index)
-        kappa = objective.low_probability.min_p
-        proxy = linear_min_p_unchecked(head, candidates, kappa, transform, max_bytes, exact, backend)
-        batch = replace(batch, proxy=proxy)
+    if plan is not None and (chosen > 0 or compaction == "none"):
+        raise ValueError(f"plan says which rows are multiplied, and so does compaction = {compaction!r}; give one")
 
-    reads = _reads(objective, batch)
-    known = not any(isinstance(rule, TokenRule) and reads_current(rule, batch) for rule in objective.shaping)
-    shaped = shape(objective, batch, None, step, backend) if known else None
-    possible = _possible(objective, batch, None if shaped is None else shaped.weights)
-    computed = tokens if statistics == "all" else _spread(possible, batch, reads)
-    computed_targets = torch.where(computed, targets, ignore_index)
+    tokens = batch.tokens
+    current = current_rules(objective, batch)
+    unit = "batch" if objective.low_probability is not None else dependence(objective, current)
+    if plan is not None:
+        check_plan(plan, layout.count, hidden.device, objective, unit)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.parameters)
+    shaped = None if current else shape(objective, batch, None, backend)
+    possible = may_move(objective, tokens, batch.advantages, None if shaped is None else shaped.weights)
+    mine = spread(possible, tokens, batch.offsets, unit)
+    computed = tokens if statistics == "all" else mine
+    left_out: Tensor | None = None
+    compiling = torch.compiler.is_compiling()
+    if plan is None and not compiling and chosen <= 0:
+        if chosen == EXACT and any(wanted):
+            plan = find_rows(mine, computed & ~mine, batch.offsets, objective, unit, True)
+        elif chosen == EVERY:
+            plan = _every_row(batch, unit, objective)
+    elif plan is not None:
+        left_out = _left_out(plan, mine, validate)
+        if statistics == "active":
+            plan = replace(plan, rest=None)
+            computed = mine & plan.planned
+    max_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device)
+    if objective.low_probability is not None and min_p_logprobs is None:
+        candidates = torch.where(batch.advantages < 0, flat_targets, ignore_index)
+        kappa = objective.low_probability.min_p
+        mode = EXACT if chosen == EXACT and hidden.device.type == "cpu" else EVERY
+        proxy = linear_min_p_unchecked(head, candidates, kappa, transform, max_bytes, mode, backend)
+        batch = replace(batch, proxy=proxy)
+    if statistics == "active":
+        flat_targets = torch.where(computed, flat_targets, ignore_index)
+        batch = replace(batch, targets=flat_targets)
 
-    chunks = None
-    if any(wanted) and route != "recompute" and chosen <= 0 and not torch.compiler.is_compiling():
-        unit = "batch" if objective.low_probability is not None else reads
-        mine = _spread(possible, batch, unit)
-        rows, rest = (None, None) if exact == EVERY else split_rows(mine, computed & ~mine)
-        chunks = plan_chunks(
-            head, batch.offsets, rows, unit, layout.shape[1] if layout.padded else None, max_bytes
-        )  # fmt: skip
-        if chunks is None and route == "one-pass":
+    def scale_of(weights: Tensor) -> Tensor:
+        scale = loss_scale(objective, batch, weights, backend)
+        # Rows without which the gradient would be wrong: NaN everywhere instead.
+        return scale if left_out is None else scale.masked_fill(left_out, torch.nan)
+
+    tiles = None
+    if any(wanted) and route != "recompute" and plan is not None:
+        tiles = plan_chunks(head, plan, unit, max_bytes)
+        if tiles is None and route == "one-pass":
             raise ValueError(
                 f"route='one-pass' needs a chunk that holds a whole {unit}; max_chunk_bytes = {max_bytes} does not"
             )
-    if chunks is not None and chunks.tiles.total_rows:
-        batch = replace(batch, tokens=computed)
-
-        def scale_of(weights: Tensor) -> Tensor:
-            return loss_scale(objective, layout, tokens, weights, denominator, max_length)
-
+    if tiles is not None and plan is not None and tiles.total_rows:
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.
-        weights = tokens.to(batch.advantages.dtype) if shaped is None else shaped.weights
+        weights = batch.weights if shaped is None else shaped.weights
         scale = scale_of if unit == "batch" and shaped is None else scale_of(weights)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             found = one_pass(
-                head, objective, batch, computed_targets, transform, chunks, rest, shaped, scale, step, wanted,
+                head, objective, replace(batch, tokens=computed), transform, plan, tiles, unit, shaped, scale, wanted,
                 max_bytes, backend,
             )  # fmt: skip
-        loss = attach(found.loss, found.gradients, rows, main_grad, head)
-        return policy_output(layout, loss, found.stats, found.shaped, found.sums, tokens, "one-pass")
+        loss = attach(found, plan.rows, main_grad, head, backend)
+        return policy_output(batch, loss, found.stats, found.weights, found.metrics, "one-pass")
 
-    # Few rows are computed of "active" ones alone.
-    forward_rows = chosen if statistics == "active" else exact
+    forward_rows, backward_rows, given_rows = _recomputed_rows(plan, chosen, statistics, computed)
     stats = head_statistics_unchecked(
-        head, computed_targets, transform, main_grad, max_bytes, forward_rows, chosen, backend
+        head, flat_targets, transform, main_grad, max_bytes, forward_rows, backward_rows, given_rows, backend
     )
     batch = replace(batch, tokens=computed)
-    shaped = shape(objective, batch, stats, step, backend) if shaped is None else shaped
-    scale = loss_scale(objective, layout, tokens, shaped.weights, denominator, max_length)
+    shaped = shape(objective, batch, stats, backend) if shaped is None else shaped
+    scale = scale_of(shaped.weights)
     terms = token_terms(objective, batch, stats, shaped, scale, backend)
     taken = "recompute" if any(wanted) else "statistics"
-    return policy_output(layout, terms.loss, stats, shaped, terms.sums, tokens, taken)
+    return policy_output(batch, terms.loss, stats, shaped.weights, terms.metrics, taken)
+
+
+def _every_row(batch: TokenBatch, unit: str, objective: Objective) -> RowPlan:
+    """All rows, which takes no counting."""
+    count, layout = batch.tokens.numel(), batch.layout
+    if layout.padded:
+        boundaries = tuple(layout.shape[1] * i for i in range(layout.shape[0] + 1))
+    elif batch.offsets.device.type == "cpu":
+        boundaries = tuple(batch.offsets.tolist())
+    else:
+        boundaries = (0, count)  # where they end is on the device: they stay together
+    return RowPlan(None, None, torch.ones_like(batch.tokens), boundaries, count, objective, unit, False)
+
+
+def _left_out(plan: RowPlan, mine: Tensor, validate: bool) -> Tensor:
+    """0-d bool: whether a row may have a gradient that the plan leaves out; a ValueError where values may be read."""
+    left_out = (mine & ~plan.planned).any()
+    if (left_out.device.type == "cpu" or validate) and bool(left_out):
+        raise ValueError("plan leaves out rows that may have a gradient: it was made of another batch")
+    return left_out
+
+
+def _recomputed_rows(
+    plan: RowPlan | None, chosen: int, statistics: str, computed: Tensor
+) -> tuple[int, int, tuple[Tensor | None, Tensor | None]]:
+    """How the statistics and their backward leave rows out: modes of each, and the rows where they are GIVEN."""
+    if chosen > 0:
+        # Few rows are computed of "active" ones alone.
+        return (chosen if statistics == "active" else EVERY), chosen, (None, None)
+    on_cpu = computed.device.type == "cpu"
+    if plan is None or on_cpu:
+        mode = EXACT if chosen == EXACT else EVERY
+        return mode, mode, (None, None)
+    rows = plan.rows
+    if rows is None:
+        return EVERY, EVERY, (None, None)
+    both = rows if plan.rest is None else torch.cat([rows, plan.rest])
+    return GIVEN, GIVEN, (both, rows)
 
 
 class LinearPolicyLoss(nn.Module):

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ..backends import check_backend
-from ..core.checks import check_rows
+from ..core.checks import as_rows, check_rows, compute_dtype
 from ..core.layout import token_layout
+from ..core.transform import Transform
 from ..objectives import Objective
-from ..ops.min_p import min_p_token_logprobs
-from ..ops.token_logprobs import TokenStats, check_no_overlap, check_targets, token_logprobs_unchecked
+from ..ops.min_p import min_p_rows_of
+from ..ops.one_launch import attach, one_launch, prefers_one_launch
+from ..ops.token_logprobs import TokenStats, check_no_overlap, token_statistics
 from ..schedules import Value
+from .batch import TokenArguments, TokenBatch, check_objective
 from .stages import (
     PolicyLossOutput,
-    check_objective,
-    check_token_arguments,
+    current_rules,
     loss_scale,
+    policy_inputs,
     policy_output,
     shape,
-    token_batch,
+    surrogate_form,
     token_terms,
 )
+
+ROUTES = ("auto", "one-launch", "two-stage")
+
+
+def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor) -> str | None:
+    """Why a token's gradient cannot be formed beside its statistics; None where it can."""
+    if objective.ratio_level == "sequence":
+        return "the ratio is the rollout's"
+    if objective.low_probability is not None:
+        return "Lp-Reg selects by the current log-probs"
+    if current_rules(objective, batch):
+        return "a rule selects by the current policy (old_logprobs or old_entropy would let it select before)"
+    if logits.dtype == torch.float16:
+        # Divided by the denominator and not yet multiplied by a loss scaler's factor, it would underflow.
+        return "an fp16 gradient must wait for the factor of the loss scaler"
+    if torch.compiler.is_compiling():
+        return "under torch.compile the gradient is formed in backward"
+    return None
 
 
 def policy_loss(
@@ -48,6 +71,7 @@ def policy_loss(
     inplace_backward: bool = False,
     validate: bool = False,
     backend: str = "auto",
+    route: str = "auto",
 ) -> PolicyLossOutput:
     """The loss of an objective on logits, its gradient by backward, per-token statistics and metrics.
 
@@ -73,9 +97,16 @@ def policy_loss(
             count over all ranks and accumulation steps. Nothing is reduced over ranks here.
         max_length: of seq-mean-token-sum-norm; T if padded and not given.
         temperature, softcap, logit_scale, ignore_index, inplace_backward, validate, backend: as in token_logprobs.
+        route: "one-launch" takes a row's statistics, its coefficient and its gradient while the row is in the cache:
+            one pass over memory less. It needs weights, divisor and ratio that are known from the token alone, and not
+            fp16 logits. The gradient is then formed in forward (with `inplace_backward` over the
+            logits), and backward, which runs once, multiplies it by the incoming gradient where that is not 1: one more
+            pass, which scaling by `denominator` instead of by a factor on the loss saves. "two-stage" forms it in
+            backward. "auto": one-launch where it is possible and measured to be faster.
 
     Returns:
-        PolicyLossOutput(loss, logprobs, entropy, weights, metrics, route). metrics, each a 0-d device tensor: the means
+        PolicyLossOutput(loss, logprobs, entropy, weights, metrics, route); route is "one-launch", "two-stage", or
+        "statistics" where the logits require no gradient. metrics, each a 0-d device tensor: the means
         over tokens entropy, kl (to the reference; 0 without one), approx_kl (of old - current log-prob), ratio_mean;
         ratio_max; clip_fraction_low, clip_fraction_high, dual_clip_fraction, active_fraction (tokens with a non-zero
         gradient); selected_fraction_positive and _negative (of the tokens of that polarity, selected by a TokenRule);
@@ -93,45 +124,57 @@ def policy_loss(
     if logits.ndim != (3 if cu_seqlens is None else 2):
         hint = "; packed logits [N, V] need cu_seqlens" if cu_seqlens is None and logits.ndim == 2 else ""
         raise ValueError(f"logits must have shape {expected}; got {list(logits.shape)}{hint}")
+    if route not in ROUTES:
+        raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
-    check_token_arguments(
-        layout, objective, advantages, old_logprobs, ref_logprobs, polarity, old_entropy, min_p_logprobs,
-        importance_weights, step, denominator, max_length,
-    )  # fmt: skip
-    if inplace_backward and logits.requires_grad:
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    if inplace_backward and wanted:
         check_no_overlap(logits)
-
-    keep = layout.flat_mask(mask)
-    if keep is not None:
-        targets = torch.where(keep.view(layout.shape), targets, ignore_index)
-    check_targets(targets, logits.shape[-1], ignore_index, validate)
-    tokens = (targets != ignore_index).reshape(-1)
-    stats = token_logprobs_unchecked(
-        logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend
-    )
-    if objective.low_probability is not None and min_p_logprobs is None:
-        min_p_logprobs = min_p_token_logprobs(
-            logits, targets, objective.low_probability.min_p, softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, backend=backend,
-        )  # fmt: skip
-    flat = TokenStats(stats.logprobs.reshape(-1), stats.entropy.reshape(-1))
-    batch = token_batch(
-        layout, tokens, flat.logprobs.dtype, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        polarity=polarity, old_entropy=old_entropy, min_p_logprobs=min_p_logprobs,
-        importance_weights=importance_weights,
+    given = TokenArguments(
+        advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
+        denominator, max_length,
     )  # fmt: skip
-    shaped = shape(objective, batch, flat, step, backend)
-    scale = loss_scale(objective, layout, tokens, shaped.weights, denominator, max_length)
-    terms = token_terms(objective, batch, flat, shaped, scale, backend)
-    route = "logits-inplace" if inplace_backward else "logits"
-    return policy_output(layout, terms.loss, flat, shaped, terms.sums, tokens, route)
+    batch = TokenBatch.read(
+        layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=logits.shape[-1],
+        ignore_index=ignore_index, validate=validate,
+    )  # fmt: skip
+    assert batch.targets is not None
+    transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
+    rows = as_rows(logits)
+    obstacle = _why_two_stages(objective, batch, logits)
+    if route == "one-launch" and obstacle is not None:
+        raise ValueError(f"route='one-launch' is not possible here: {obstacle}")
+    together = route == "one-launch" or (route == "auto" and obstacle is None and prefers_one_launch(rows, backend))
+    if wanted and together:
+        with torch.no_grad():
+            shaped = shape(objective, batch, None, backend)
+            scale = loss_scale(objective, batch, shaped.weights, backend)
+            inputs = policy_inputs(objective, batch, shaped, scale)
+            (logp, entropy, *_), gradient = one_launch(
+                rows, batch.targets, transform, inputs, surrogate_form(objective), inplace_backward, backend
+            )
+            stats = TokenStats(logp, entropy)
+            terms = token_terms(objective, batch, stats, shaped, scale, backend)
+        loss = attach(logits, terms.loss, gradient, backend)
+        return policy_output(batch, loss, stats, shaped.weights, terms.metrics, "one-launch")
+
+    stats = token_statistics(rows, batch.targets, transform, inplace_backward, backend)
+    if objective.low_probability is not None and min_p_logprobs is None:
+        proxy = min_p_rows_of(rows, batch.targets, objective.low_probability.min_p, transform, backend)
+        batch = replace(batch, proxy=proxy)
+    shaped = shape(objective, batch, stats, backend)
+    scale = loss_scale(objective, batch, shaped.weights, backend)
+    terms = token_terms(objective, batch, stats, shaped, scale, backend)
+    taken = "two-stage" if wanted else "statistics"
+    return policy_output(batch, terms.loss, stats, shaped.weights, terms.metrics, taken)
 
 
 class PolicyLoss(nn.Module):
     """policy_loss as a module: the objective and the logit transform are fixed, the batch comes by call.
 
-    Args: objective and the keywords temperature, softcap, logit_scale, ignore_index, inplace_backward, validate and
-    backend of policy_loss. Call it as policy_loss(logits, targets, advantages, **the rest); a call may override them.
+    Args: objective and the keywords temperature, softcap, logit_scale, ignore_index, inplace_backward, validate,
+    backend and route of policy_loss. Call it as policy_loss(logits, targets, advantages, **the rest); a call may
+    override them.
     """
 
     def __init__(
@@ -145,13 +188,14 @@ class PolicyLoss(nn.Module):
         inplace_backward: bool = False,
         validate: bool = False,
         backend: str = "auto",
+        route: str = "auto",
     ):
         super().__init__()
         check_objective(objective)
         self.objective = objective
         self.options = {
             "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index,
-            "inplace_backward": inplace_backward, "validate": validate, "backend": backend,
+            "inplace_backward": inplace_backward, "validate": validate, "backend": backend, "route": route,
         }  # fmt: skip
 
     def forward(self, logits: Tensor, targets: Tensor, advantages: Tensor, **batch) -> PolicyLossOutput:

@@ -8,20 +8,11 @@ from torch import Tensor
 from ..backends import check_backend
 from ..core.checks import check_floating, check_tensor, compute_dtype
 from ..core.layout import token_layout
-from ..objectives import Objective, TokenRule
+from ..objectives import Objective
 from ..ops.token_logprobs import TokenStats
 from ..schedules import Value
-from .stages import (
-    PolicyLossOutput,
-    check_objective,
-    check_token_arguments,
-    loss_scale,
-    policy_output,
-    reads_current,
-    shape,
-    token_batch,
-    token_terms,
-)
+from .batch import TokenArguments, TokenBatch, check_objective
+from .stages import PolicyLossOutput, current_rules, loss_scale, policy_output, shape, token_terms
 
 
 def logprob_policy_loss(
@@ -65,35 +56,30 @@ def logprob_policy_loss(
     check_floating("logprobs", logprobs)
     check_backend(backend, logprobs.device)
     layout = token_layout("logprobs", logprobs, cu_seqlens, validate=validate)
-    check_token_arguments(
-        layout, objective, advantages, old_logprobs, ref_logprobs, polarity, old_entropy, min_p_logprobs,
-        importance_weights, step, denominator, max_length,
-    )  # fmt: skip
     if entropy is not None:
         layout.check_per_token("entropy", entropy)
     if objective.low_probability is not None and min_p_logprobs is None:
         raise ValueError("Lp-Reg needs min_p_logprobs of the old policy, which log-probs alone do not give; got None")
+    given = TokenArguments(
+        advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
+        denominator, max_length,
+    )  # fmt: skip
     dtype = compute_dtype(logprobs.dtype)
-    keep = layout.flat_mask(mask)
-    tokens = torch.ones(layout.count, dtype=torch.bool, device=logprobs.device) if keep is None else keep
+    batch = TokenBatch.read(layout, objective, given, dtype, backend, validate=validate)
+    current = current_rules(objective, batch)
+    if entropy is None and (objective.entropy_coef or any(rule.metric == "entropy" for rule in current)):
+        raise ValueError("the objective reads the current policy's entropy, which was not given; got entropy = None")
 
     def flat(values: Tensor) -> Tensor:
         # What rows without a token hold never matters, NaN included.
-        return torch.where(tokens, values.reshape(-1).to(dtype), 0.0)
+        return torch.where(batch.tokens, values.reshape(-1).to(dtype), 0.0)
 
-    known = flat(logprobs) if entropy is None else flat(entropy)
-    stats = TokenStats(flat(logprobs), torch.zeros_like(known) if entropy is None else known)
-    batch = token_batch(
-        layout, tokens, dtype, advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, polarity=polarity,
-        old_entropy=old_entropy, min_p_logprobs=min_p_logprobs, importance_weights=importance_weights,
-    )  # fmt: skip
-    rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule) and rule.metric == "entropy"]
-    if entropy is None and (objective.entropy_coef or any(reads_current(rule, batch) for rule in rules)):
-        raise ValueError("the objective reads the current policy's entropy, which was not given; got entropy = None")
-    shaped = shape(objective, batch, stats, step, backend)
-    scale = loss_scale(objective, layout, tokens, shaped.weights, denominator, max_length)
+    logp = flat(logprobs)
+    stats = TokenStats(logp, torch.zeros_like(logp) if entropy is None else flat(entropy))
+    shaped = shape(objective, batch, stats, backend)
+    scale = loss_scale(objective, batch, shaped.weights, backend)
     terms = token_terms(objective, batch, stats, shaped, scale, backend)
-    out = policy_output(layout, terms.loss, stats, shaped, terms.sums, tokens, "logprobs")
+    out = policy_output(batch, terms.loss, stats, shaped.weights, terms.metrics, "logprobs")
     if entropy is None:
         out.metrics["entropy"] = torch.full_like(out.metrics["entropy"], float("nan"))
     return out

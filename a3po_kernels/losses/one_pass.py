@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +17,20 @@ from torch import Tensor
 from ..core.checks import compute_dtype
 from ..core.tiles import Tiles, row_tiles
 from ..core.transform import Transform
-from ..objectives import Objective
+from ..objectives import Objective, TokenRule
 from ..ops.linear_head import Gradients, LinearHead, Logits, head_gradients
 from ..ops.linear_token_logprobs import head_statistics, scatter_rows, weight_gradient_dtype
-from ..ops.surrogate import merge_sums
+from ..ops.one_launch import final, scale_gradient, write_statistics_and_gradient
 from ..ops.token_logprobs import TokenStats, empty_results, fold_statistics, write_gradient
-from ..schedules import Value
-from .shaping import ShapedTokens
-from .stages import TokenBatch, shape, token_terms
+from .batch import TokenBatch
+from .rows import RowPlan
+from .stages import ShapedTokens, policy_inputs, shape, surrogate_form, token_terms
+
+# Share of a chunk's rows without a gradient from which gathering the others costs less than multiplying all.
+_WORTH_GATHERING = 0.05
 
 
-class Chunks(NamedTuple):
-    """The rows of a pass (None: all), the rollouts [S + 1] they are cut into in that order, and how they are tiled."""
-
-    rows: Tensor | None
-    offsets: Tensor
-    tiles: Tiles
-
-
-def whole_rollouts(boundaries: list[int], tiles: Tiles) -> Tiles | None:
+def whole_rollouts(boundaries: tuple[int, ...], tiles: Tiles) -> Tiles | None:
     """Tiles cut between rollouts only, or None where one is longer than a tile may be."""
     slices, start = [], 0
     for begin, end in itertools.pairwise(boundaries):
@@ -47,115 +43,159 @@ def whole_rollouts(boundaries: list[int], tiles: Tiles) -> Tiles | None:
     return tiles._replace(cuts=tuple(slices))
 
 
-def plan_chunks(
-    head: LinearHead, offsets: Tensor, rows: Tensor | None, unit: str, length: int | None, max_bytes: int
-) -> Chunks | None:
-    """How to go through the rows in one pass, or None where a chunk cannot hold a whole unit.
-
-    unit: what must lie in one chunk, a "token", a "rollout" or the "batch"; length: of every rollout where the batch is
-    padded and rows is None.
-    """
-    count = head.hidden.shape[0] if rows is None else rows.numel()
-    if rows is not None:
-        offsets = torch.searchsorted(rows, offsets)
-    tiles: Tiles | None = row_tiles(count, head.vocabulary, head.tile_bytes(), max_bytes)
-    assert tiles is not None
+def plan_chunks(head: LinearHead, plan: RowPlan, unit: str, max_bytes: int) -> Tiles | None:
+    """How to go through the plan's rows in one pass, or None where a chunk cannot hold a whole unit."""
+    tiles = row_tiles(plan.row_count, head.vocabulary, head.tile_bytes(), max_bytes)
     if unit == "token" or tiles.row_count <= 1:
-        return Chunks(rows, offsets, tiles)
-    if unit == "batch" or (rows is None and length is None and offsets.device.type != "cpu"):
+        return tiles
+    if unit == "batch":
         return None
     # The evenly cut tiles may be shorter than the budget allows: rollouts take what it does.
     longest = max(max_bytes // (head.tile_bytes() * head.vocabulary), 1)
-    boundaries = offsets.tolist() if rows is not None or length is None else list(range(0, count + 1, length))
-    tiles = whole_rollouts(boundaries, tiles._replace(rows=longest))
-    return None if tiles is None else Chunks(rows, offsets, tiles)
+    return whole_rollouts(plan.boundaries, tiles._replace(rows=longest))
 
 
 class OnePass(NamedTuple):
-    """loss 0-d (attached to nothing), statistics and weights flat [N], sums as in ops.surrogate, and the gradients."""
+    """loss 0-d (attached to nothing), statistics and weights flat [N], METRICS, the gradients, and what they lack.
+
+    unit: 0-d, a factor of the gradients that was kept out of an fp16 chunk, or None.
+    """
 
     loss: Tensor
     stats: TokenStats
-    shaped: ShapedTokens
-    sums: Tensor
+    weights: Tensor
+    metrics: Tensor
     gradients: Gradients
+    unit: Tensor | None
+
+
+def _fp16_unit(scale: Tensor) -> Tensor:
+    """A power of two at or above the largest of [S]: an fp16 gradient divided by it is of order one."""
+    largest = scale.amax() if scale.numel() else scale.new_ones(())
+    return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+
+
+def _most_kept(objective: Objective, plan: RowPlan, rollouts: int) -> int:
+    """No more rows than this have a gradient after the rules that drop tokens, from the numbers of rows alone."""
+    most = plan.row_count
+    if objective.ratio_level == "sequence":
+        return most  # the ratio's gradient reaches the dropped tokens of a rollout too
+    for rule in objective.shaping:
+        if not isinstance(rule, TokenRule) or rule.rest_scale != 0 or rule.polarity is not None:
+            continue
+        lengths = [most] if rule.scope == "batch" else [b - a for a, b in itertools.pairwise(plan.boundaries)]
+        if rule.scope == "batch" or (rule.scope == "rollout" and len(lengths) == rollouts):
+            share = Fraction(str(rule.ratio))
+            most = min(most, sum(max(math.ceil(length * share), 1) for length in lengths))
+    return most
 
 
 def one_pass(
-    head: LinearHead, objective: Objective, batch: TokenBatch, targets: Tensor, transform: Transform, chunks: Chunks,
-    rest: Tensor | None, shaped: ShapedTokens | None, scale: Tensor | Callable[[Tensor], Tensor], step: Value,
-    wanted: tuple[bool, ...], max_bytes: int, backend: str,
+    head: LinearHead, objective: Objective, batch: TokenBatch, transform: Transform, plan: RowPlan, tiles: Tiles,
+    unit: str, shaped: ShapedTokens | None, scale: Tensor | Callable[[Tensor], Tensor], wanted: tuple[bool, ...],
+    max_bytes: int, backend: str,
 ) -> OnePass:  # fmt: skip
-    """Goes through the chunks, then takes the statistics of the rows `rest`, which have no gradient (None without any).
+    """Goes through the chunks, then takes the statistics of the plan's other rows, which have no gradient.
 
     shaped: the tokens' weights where they are known already. scale: loss_scale's [S]; where it depends on
     a selection that only the batch's one chunk can make, the function that gives it of the weights [N].
     """
-    rows, count = chunks.rows, targets.numel()
-    mine = batch if rows is None else batch.at(rows, chunks.offsets)
-    my_targets = targets if rows is None else targets[rows]
+    assert batch.targets is not None
+    rows, count = plan.rows, batch.tokens.numel()
+    mine = batch if rows is None else batch.at(rows, torch.searchsorted(rows, batch.offsets))
+    my_targets = mine.targets
+    assert my_targets is not None
     my_transform = transform.at(rows)
-    logits = Logits(head, rows, chunks.tiles)
+    my_shaped = _shaped_at(shaped, rows)
+    logits = Logits(head, rows, tiles)
     results = empty_results(logits.buffer, my_targets.numel())
-    weights, sums = torch.zeros_like(results[0]), []
-    my_shaped = shaped if shaped is None else _shaped_at(shaped, rows)
-    beta: Value = 1.0
+    form = surrogate_form(objective)
+    half = head.dtype == torch.float16
+    factor: Tensor | None = scale if isinstance(scale, Tensor) else None
+    power = None if factor is None or not half else _fp16_unit(factor)
+    most = _most_kept(objective, plan, batch.offsets.numel() - 1)
+    together = unit == "token" and objective.low_probability is None and my_shaped is not None
 
-    def to_gradient(at: slice, columns: slice, tile: Tensor) -> None:
-        nonlocal beta
+    def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
+        nonlocal factor, power
         found = tuple(result[at] for result in results)
-        logp, entropy, shift, log_sum = found
-        fold_statistics(tile[None], my_targets[at], my_transform.at(at), found, backend)
-        part = mine.at(at, chunks.offsets.clamp(at.start, at.stop) - at.start)
-        stats = TokenStats(logp, entropy)
-        here = shape(objective, part, stats, step, backend) if my_shaped is None else _shaped_at(my_shaped, at)
-        factor = scale if isinstance(scale, Tensor) else scale(scatter_rows(here.weights, rows, count))
-        terms = token_terms(objective, part, stats, here, factor, backend)
-        weights[at], beta = here.weights, here.beta
-        sums.append(terms.sums)
+        chunk = my_transform.at(at)
+        part = mine.at(at, mine.offsets.clamp(at.start, at.stop) - at.start)
+        stats = TokenStats(*found[:2])
+        if together:
+            assert factor is not None
+            inner = factor if power is None else factor / power
+            inputs = policy_inputs(objective, part, _shaped_at(my_shaped, at), inner)
+            write_statistics_and_gradient(tile[None], tile[None], my_targets[at], chunk, found, inputs, form, backend)
+            return tile, None
+        fold_statistics(tile[None], my_targets[at], chunk, found, backend)
+        here = shape(objective, part, stats, backend) if my_shaped is None else _shaped_at(my_shaped, at)
+        if factor is None:
+            assert callable(scale)
+            factor = scale(scatter_rows(here.weights, rows, count))
+            power = _fp16_unit(factor) if half else None
+        terms = token_terms(objective, part, stats, here, factor if power is None else factor / power, backend)
         d_entropy = terms.d_entropy if terms.d_entropy.numel() else None
-        write_gradient(
-            tile[None], tile[None], my_targets[at], shift, log_sum, entropy, terms.d_logp, d_entropy,
-            my_transform.at(at), backend,
-        )  # fmt: skip
+        kept = _with_gradient(terms.d_logp, d_entropy, most)
+        _, entropy, shift, log_sum = found
+        target, d_logp = my_targets[at], terms.d_logp
+        if kept is not None:
+            tile, chunk = tile.index_select(0, kept), chunk.at(kept)
+            target, shift, log_sum, entropy, d_logp = (x[kept] for x in (target, shift, log_sum, entropy, d_logp))
+            d_entropy = None if d_entropy is None else d_entropy[kept]
+        write_gradient(tile[None], tile[None], target, shift, log_sum, entropy, d_logp, d_entropy, chunk, backend)
+        return tile, kept
 
+    one_chunk = tiles.row_count <= 1 and not half
+    weight_dtype = weight_gradient_dtype(head.weight) if one_chunk else compute_dtype(head.dtype)
+    idle_rows = rows is None or not plan.exact
     gradients = head_gradients(
-        head, logits, to_gradient, wanted, compute_dtype(head.dtype), active=mine.tokens if rows is None else None
+        head, logits, to_gradient, wanted, weight_dtype, active=mine.tokens if idle_rows else None
     )
     logp, entropy = (scatter_rows(result, rows, count) for result in results[:2])
-    weights = scatter_rows(weights, rows, count)
-    if rest is not None and isinstance(scale, Tensor):
-        others = TokenStats(*head_statistics(head, targets, transform, rest, max_bytes, backend)[:2])
-        left = torch.zeros_like(batch.tokens).index_fill_(0, rest, True)
-        part = replace(batch, tokens=left)
-        here = shape(objective, part, others, step, backend) if shaped is None else shaped
-        sums.append(token_terms(objective, part, others, here, scale, backend).sums)
-        logp, entropy, weights = logp + others.logprobs, entropy + others.entropy, weights + here.weights * left
-    total = merge_sums(torch.stack(sums))
-    full = ShapedTokens(weights, None, beta) if shaped is None else shaped
-    return OnePass(total[0].clone(), TokenStats(logp, entropy), full, total, gradients)
+    if plan.rest is not None:
+        others = head_statistics(head, batch.targets, transform, plan.rest, max_bytes, backend)
+        logp, entropy = logp + others[0], entropy + others[1]
+    stats = TokenStats(logp, entropy)
+    # The rules on all rows select what they selected in the chunks.
+    shaped = shape(objective, batch, stats, backend) if shaped is None else shaped
+    assert factor is not None
+    terms = token_terms(objective, batch, stats, shaped, factor, backend)
+    return OnePass(terms.loss, stats, shaped.weights, terms.metrics, gradients, power)
 
 
-def _shaped_at(shaped: ShapedTokens, rows: slice | Tensor | None) -> ShapedTokens:
-    if rows is None:
+def _with_gradient(d_logp: Tensor, d_entropy: Tensor | None, most: int) -> Tensor | None:
+    """The rows of a chunk that have a gradient, where leaving out the others pays and waits for nothing; else None."""
+    count = d_logp.numel()
+    moving = d_logp != 0 if d_entropy is None else (d_logp != 0) | (d_entropy != 0)
+    if d_logp.device.type == "cpu":
+        kept = moving.nonzero()[:, 0]
+        return kept if kept.numel() < (1 - _WORTH_GATHERING) * count else None
+    if most >= (1 - _WORTH_GATHERING) * count:
+        return None
+    # Exactly the rows that have one come first; what fills the rest has none and adds zeros.
+    return torch.sort((~moving).to(torch.int8), stable=True).indices[:most]
+
+
+def _shaped_at(shaped: ShapedTokens | None, rows: slice | Tensor | None) -> Any:
+    if shaped is None or rows is None:
         return shaped
     selected = None if shaped.selected is None else shaped.selected[rows]
     return ShapedTokens(shaped.weights[rows], selected, shaped.beta)
 
 
 class _Attach(torch.autograd.Function):
-    """Gives a loss gradients that are known already; backward scales them, in place, by the incoming one."""
+    """Gives a loss gradients that are known already; backward scales them by the incoming one and casts, at once."""
 
     @staticmethod
-    def forward(ctx, loss, gradients, rows, main_grad, *parameters):
-        ctx.save_for_backward(*gradients)
-        ctx.rows, ctx.main_grad, ctx.spent = rows, main_grad, False
+    def forward(ctx, loss, gradients, unit, rows, main_grad, backend, *parameters):
+        ctx.save_for_backward(unit, *gradients)
+        ctx.rows, ctx.main_grad, ctx.backend, ctx.spent = rows, main_grad, backend, False
         ctx.forms = [None if p is None else (p.shape[0], p.dtype) for p in parameters]
         ctx.weight_dtype = weight_gradient_dtype(parameters[1])
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         if ctx.spent:
             raise RuntimeError(
@@ -163,24 +203,31 @@ class _Attach(torch.autograd.Function):
                 "allows a second backward"
             )
         ctx.spent = True
-        gradients: list[Any] = list(ctx.saved_tensors)
-        out: list[Tensor | None] = []
-        for position, (gradient, form) in enumerate(zip(gradients, ctx.forms, strict=True)):
-            if gradient is None or form is None:
-                out.append(None)
-                continue
-            count, dtype = form
-            if position == 1 and ctx.main_grad is not None:
-                ctx.main_grad.addcmul_(gradient, grad_loss.to(gradient.dtype))
-                out.append(None)
-                continue
-            gradient = gradient.mul_(grad_loss).to(ctx.weight_dtype if position == 1 else dtype)
-            out.append(scatter_rows(gradient, ctx.rows, count) if position == 0 else gradient)
-        return (None,) * 4 + tuple(out)
+        with torch.no_grad():
+            out = _scaled(ctx, grad_loss)
+        return (None,) * 6 + tuple(None if gradient is None else final(gradient) for gradient in out)
 
 
-def attach(
-    loss: Tensor, gradients: Gradients, rows: Tensor | None, main_grad: Tensor | None, head: LinearHead
-) -> Tensor:
+def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+    unit, *gradients = ctx.saved_tensors
+    factor = grad_loss if unit is None else grad_loss.to(unit.dtype) * unit
+    out: list[Tensor | None] = []
+    for position, (gradient, form) in enumerate(zip(gradients, ctx.forms, strict=True)):
+        if gradient is None or form is None:
+            out.append(None)
+            continue
+        count, dtype = form
+        if position == 1 and ctx.main_grad is not None:
+            ctx.main_grad.addcmul_(gradient, factor.to(gradient.dtype))
+            out.append(None)
+            continue
+        dtype = ctx.weight_dtype if position == 1 else dtype
+        into = None if gradient.dtype == dtype else torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+        gradient = scale_gradient(gradient, factor, ctx.backend, into)
+        out.append(scatter_rows(gradient, ctx.rows, count) if position == 0 else gradient)
+    return out
+
+
+def attach(found: OnePass, rows: Tensor | None, main_grad: Tensor | None, head: LinearHead, backend: str) -> Tensor:
     """The loss, differentiable in the head's hidden states and parameters."""
-    return _Attach.apply(loss, gradients, rows, main_grad, *head.parameters)
+    return _Attach.apply(found.loss, found.gradients, found.unit, rows, main_grad, backend, *head.parameters)

@@ -124,17 +124,42 @@ class _Sum:
             self.out.copy_(self.sum)
 
 
+# (rows, columns, tile) -> (the gradient of the tile's kept rows, their numbers in it or None for all).
+ToGradient = Callable[[slice, slice, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def _part(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+def _like_rows(values: Tensor | None, kept: Tensor) -> Tensor | None:
+    return None if values is None else values.new_empty((kept.numel(), values.shape[1]))
+
+
+def _put_rows(out: Tensor | None, rows: slice, kept_rows: Tensor, values: Tensor | None, later: bool) -> None:
+    """Stores (or, in later columns, adds) the products of some of a chunk's rows; the others are 0."""
+    if out is None or values is None:
+        return
+    if later:
+        out.index_add_(0, kept_rows, values)
+    else:
+        out[rows] = 0
+        out.index_copy_(0, kept_rows, values)
+
+
 def head_gradients(
-    head: LinearHead, logits: Logits, to_gradient: Callable[[slice, slice, Tensor], None], wanted: tuple[bool, ...],
+    head: LinearHead, logits: Logits, to_gradient: ToGradient, wanted: tuple[bool, ...],
     weight_dtype: torch.dtype, active: Tensor | None = None, main_grad: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    """Turns each tile of the logits into its gradient by `to_gradient` (in place) and sums the products.
+    """Turns each tile of the logits into its gradient by `to_gradient` and sums the products.
 
-    hidden's gradient is [rows of `logits`, H] in fp32 (fp64 for an fp64 head); weight's is in weight_dtype, or is added
+    hidden's gradient is [rows of `logits`, H] in fp32 (fp64 for an fp64 head; on a CPU, where no low-precision product
+    sums into fp32, in the head's dtype if it is one product); weight's is in weight_dtype, or is added
     to main_grad [V, H] instead. active: bool [rows], False where the gradient is 0 and the hidden state may be NaN.
     """
     tiles, hidden = logits.tiles, logits.hidden
     device, dtype = hidden.device, compute_dtype(head.dtype)
+    lone = device.type == "cpu" and tiles.column_count == 1 and head.lora_a is None and head.dtype != torch.float16
     want_hidden, want_weight, want_bias, want_a, want_b = wanted
     want_adapted = head.lora_a is not None and (want_hidden or want_a)
 
@@ -146,7 +171,9 @@ def head_gradients(
     adapted = logits.adapted
     if adapted is not None and active is not None:
         adapted = adapted.masked_fill(~active.unsqueeze(-1), 0.0)
-    d_hidden = torch.empty(hidden.shape, dtype=dtype, device=device) if want_hidden else None
+    d_hidden = None
+    if want_hidden:
+        d_hidden = torch.empty(hidden.shape, dtype=head.dtype if lone else dtype, device=device)
     d_adapted = None if adapted is None or not want_adapted else torch.empty(adapted.shape, dtype=dtype, device=device)
     d_weight = main_grad
     if want_weight and main_grad is None:
@@ -161,18 +188,29 @@ def head_gradients(
             if weight_sum is not None:
                 weight_sum.close()
             weight_sum = _Sum(d_weight[columns], tiles.row_count, add=main_grad is not None)
-        to_gradient(rows, columns, tile)
+        tile, kept = to_gradient(rows, columns, tile)
         later = columns.start > 0
-        if d_hidden is not None:
-            add_product(d_hidden[rows], tile, logits.weight, add=later)
+        if kept is None:
+            mine, into, into_adapted = clean[rows], _part(d_hidden, rows), _part(d_adapted, rows)
+            my_adapted = _part(adapted, rows)
+        else:
+            # The chunk's other rows have no gradient: the products of these are put in their places.
+            kept_rows = kept + rows.start
+            mine, my_adapted = clean[kept_rows], None if adapted is None else adapted[kept_rows]
+            into, into_adapted = _like_rows(d_hidden, kept), _like_rows(d_adapted, kept)
+        if into is not None:
+            add_product(into, tile, logits.weight, add=later and kept is None)
         if weight_sum is not None:
-            weight_sum.add(tile.t(), clean[rows])
+            weight_sum.add(tile.t(), mine)
         if d_bias is not None:
             d_bias[columns] += tile.sum(0, dtype=dtype)
-        if d_b is not None and adapted is not None:
-            add_product(d_b[columns], tile.t(), adapted[rows], add=True, alpha=head.lora_scale)
-        if d_adapted is not None and logits.lora_b is not None:
-            add_product(d_adapted[rows], tile, logits.lora_b, add=later, alpha=head.lora_scale)
+        if d_b is not None and my_adapted is not None:
+            add_product(d_b[columns], tile.t(), my_adapted, add=True, alpha=head.lora_scale)
+        if into_adapted is not None and logits.lora_b is not None:
+            add_product(into_adapted, tile, logits.lora_b, add=later and kept is None, alpha=head.lora_scale)
+        if kept is not None:
+            _put_rows(d_hidden, rows, kept_rows, into, later)
+            _put_rows(d_adapted, rows, kept_rows, into_adapted, later)
     if weight_sum is not None:
         weight_sum.close()
     if d_adapted is not None and head.lora_a is not None:

@@ -19,14 +19,20 @@ from .token_logprobs import TokenStats, check_targets, empty_results, fold_stati
 Lora = tuple[Tensor, Tensor, float]
 
 
-EXACT, EVERY = -1, 0
+# How rows are left out: counted when they are needed, none, or given; a positive number is a capacity.
+EXACT, EVERY, GIVEN = -1, 0, -2
 
 
-def rows_where(wanted: Tensor, compaction: int) -> tuple[Tensor | None, Tensor | None]:
+def rows_where(
+    wanted: Tensor, compaction: int, given: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """(numbers of the wanted rows, or None for all; whether there were more than fit, 0-d bool, or None if impossible).
 
-    compaction: EXACT (on a GPU it waits for the device), EVERY row, or a number of rows: that many, the wanted first.
+    compaction: EXACT (on a GPU it waits for the device), EVERY row, GIVEN, or a number of rows: that many, the wanted
+    first.
     """
+    if compaction == GIVEN:
+        return given, None
     if compaction == EVERY or compaction >= wanted.numel():
         return None, None
     if compaction == EXACT:
@@ -34,15 +40,6 @@ def rows_where(wanted: Tensor, compaction: int) -> tuple[Tensor | None, Tensor |
         return None if index.numel() == wanted.numel() else index, None
     order = torch.sort((~wanted).to(torch.int8), stable=True).indices
     return order[:compaction], wanted.sum() > compaction
-
-
-def split_rows(first: Tensor, second: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The numbers of two disjoint sets of rows, with one synchronisation: (None for all rows, None for no row)."""
-    order = torch.sort(torch.where(first, 0, torch.where(second, 1, 2)).to(torch.int8), stable=True).indices
-    mine, others = torch.stack([first.sum(), second.sum()]).tolist()
-    if mine == order.numel():
-        return None, None
-    return order[:mine], order[mine : mine + others] if others else None
 
 
 def scatter_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
@@ -85,11 +82,12 @@ def _linear_statistics(
     main_grad: Tensor | None, targets: Tensor, lora_scale: float, vocabulary: int, dtype: torch.dtype,
     weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float, logit_scale: float,
     softcap: float, ignore_index: int, max_chunk_bytes: int, forward_rows: int, backward_rows: int, backend: str,
+    rows_given: Tensor | None, backward_rows_given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, entropy, shift, log2_sum) [N] of hidden [N, H]."""
+    """(logp, entropy, shift, log2_sum) [N] of hidden [N, H]; the rows to compute where forward_rows is GIVEN."""
     head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
-    rows, overflow = rows_where(targets != ignore_index, forward_rows)
+    rows, overflow = rows_where(targets != ignore_index, forward_rows, rows_given)
     with torch.autocast(hidden.device.type, enabled=False):
         results = head_statistics(head, targets, transform, rows, max_chunk_bytes, backend)
     if overflow is not None:
@@ -109,7 +107,7 @@ def _linear_gradient(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, wanted: list[bool], lora_scale: float, vocabulary: int,
     dtype: torch.dtype, weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float,
     logit_scale: float, softcap: float, ignore_index: int, max_chunk_bytes: int, forward_rows: int, backward_rows: int,
-    backend: str,
+    backend: str, backward_rows_given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The wanted gradients of hidden, weight, bias, lora_a and lora_b, in their parameter's dtype; [0] if unwanted."""
     head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
@@ -118,7 +116,7 @@ def _linear_gradient(
     active = targets != ignore_index
     given = [gradient for gradient in (grad_logp, grad_entropy) if gradient is not None]
     active &= torch.stack([gradient != 0 for gradient in given]).any(0)
-    rows, overflow = rows_where(active, backward_rows)
+    rows, overflow = rows_where(active, backward_rows, backward_rows_given)
     # Rows that have no gradient but are multiplied all the same, whatever their hidden states hold.
     idle = None if backward_rows == EXACT else active
     if rows is not None:
@@ -133,11 +131,12 @@ def _linear_gradient(
     number = count if rows is None else rows.numel()
     tiles = column_tiles(number, vocabulary, head.tile_bytes(), max_chunk_bytes)
 
-    def to_gradient(at: slice, columns: slice, tile: Tensor) -> None:
+    def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
         write_gradient(
             tile[None], tile[None], targets[at], shift[at], log_sum[at], entropy[at], _at(grad_logp, at),
             _at(grad_entropy, at), transform.at(at), backend, columns.start,
         )  # fmt: skip
+        return tile, None
 
     with torch.autocast(hidden.device.type, enabled=False):
         logits = Logits(head, rows, tiles)
@@ -177,16 +176,17 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(shift, log_sum)
     ctx.set_materialize_grads(False)
     ctx.head = (lora_scale, vocabulary, dtype, weight_dtype)
-    ctx.rest = inputs[12:]
+    ctx.rest = inputs[12:-2]
+    ctx.rows = inputs[-1]
 
 
 def _backward(ctx, grad_logp, grad_entropy, *_):
-    nothing = (None,) * 15
+    nothing = (None,) * 17
     wanted = list(ctx.needs_input_grad[:5])
     if not any(wanted) or (grad_logp is None and grad_entropy is None):
         return (None,) * 5 + nothing
     *saved, temperature = ctx.saved_tensors
-    gradients = _linear_gradient(*saved, grad_logp, grad_entropy, wanted, *ctx.head, temperature, *ctx.rest)
+    gradients = _linear_gradient(*saved, grad_logp, grad_entropy, wanted, *ctx.head, temperature, *ctx.rest, ctx.rows)
     skip_weight = saved[5] is not None
     found = (
         gradient if want and not (skip_weight and i == 1) else None
@@ -282,21 +282,27 @@ def check_head_rows(
 
 
 def read_compaction(compaction: str | int, device: torch.device, backend: str) -> int:
-    """EXACT, EVERY or a number of rows; where counting takes no synchronisation a number is EXACT."""
+    """EXACT, EVERY or a number of rows; where counting takes no synchronisation a number is EXACT.
+
+    "auto" is exact but where nothing may wait: while a CUDA graph is captured, and on a GPU under torch.compile.
+    """
     if isinstance(compaction, int):
         return compaction if device.type != "cpu" or backend == "triton" else EXACT
-    return EXACT if compaction == "exact" or (compaction == "auto" and device.type == "cpu") else EVERY
+    if compaction == "auto" and device.type != "cpu":
+        waits = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        return EVERY if waits else EXACT
+    return EVERY if compaction == "none" else EXACT
 
 
 def head_statistics_unchecked(
     head: LinearHead, targets: Tensor, transform: Transform, main_grad: Tensor | None, max_chunk_bytes: int | None,
-    forward_rows: int, backward_rows: int, backend: str,
+    forward_rows: int, backward_rows: int, given: tuple[Tensor | None, Tensor | None], backend: str,
 ) -> TokenStats:  # fmt: skip
-    """linear_token_logprobs after its checks, flat [N]."""
+    """linear_token_logprobs after its checks, flat [N]. given: the rows, forward and backward, where they are GIVEN."""
     logp, entropy, _, _ = _linear_statistics(
         *head.parameters, main_grad, targets, head.lora_scale, head.vocabulary, head.dtype,
         weight_gradient_dtype(head.weight), *transform, max_chunk_bytes or default_chunk_bytes(targets.device),
-        forward_rows, backward_rows, backend,
+        forward_rows, backward_rows, backend, *given,
     )  # fmt: skip
     return TokenStats(logp, entropy)
 
@@ -341,9 +347,10 @@ def linear_token_logprobs(
             64 MiB and 1 GiB; 64 MiB on the CPU. A tile has all rows and as many columns as fit; below 1024 columns the
             rows are cut as well.
         compaction: "exact" leaves out rows without a gradient (and masked ones), at the price on a GPU of one
-            synchronisation forward and one backward; "none" computes every row; "auto" is "exact" on the CPU, else
-            "none". A number n lets backward multiply n rows, those with a gradient first, without a synchronisation;
-            if more have one, every gradient is NaN rather than wrong. On the CPU a number is "exact".
+            synchronisation forward and one backward; "none" computes every row; "auto" is "exact" on the CPU, and on a
+            GPU leaves out the masked rows, with one synchronisation forward ("none" while a CUDA graph is captured and
+            under torch.compile). A number n lets backward multiply n rows, those with a gradient first, without a
+            synchronisation; if more have one, every gradient is NaN rather than wrong. On the CPU a number is "exact".
 
     Returns:
         TokenStats(logprobs, entropy), each [...], in fp32 (fp64 for an fp64 head).
@@ -356,9 +363,15 @@ def linear_token_logprobs(
         head, targets, tuple(hidden.shape[:-1]), temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
     check_targets(targets, head.vocabulary, ignore_index, validate)
+    flat = targets.reshape(-1).contiguous()
     backward_rows = read_compaction(compaction, hidden.device, backend)
+    forward_rows, rows = (EXACT if backward_rows == EXACT else EVERY), None
+    if compaction == "auto" and backward_rows == EXACT and hidden.device.type != "cpu":
+        # One wait: the rows of backward are those of forward.
+        rows, _ = rows_where(flat != ignore_index, EXACT)
+        forward_rows = backward_rows = EVERY if rows is None else GIVEN
     stats = head_statistics_unchecked(
-        head, targets.reshape(-1).contiguous(), Transform.of(temperature, softcap, logit_scale, ignore_index),
-        main_grad, max_chunk_bytes, EXACT if backward_rows == EXACT else EVERY, backward_rows, backend,
+        head, flat, Transform.of(temperature, softcap, logit_scale, ignore_index), main_grad, max_chunk_bytes,
+        forward_rows, backward_rows, (rows, rows), backend,
     )  # fmt: skip
     return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))

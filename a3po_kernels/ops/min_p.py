@@ -14,7 +14,7 @@ from .token_logprobs import check_targets
 def min_p_rows(logits: Tensor, targets: Tensor, min_p: float, transform: Transform, backend: str) -> Tensor:
     """[N] of logits [batch, rows, V]; the transform's temperature plays no part."""
     transform = transform._replace(temperature=None, temperature_value=1.0)
-    return choose(backend, logits.device).min_p(logits, targets, min_p, transform)
+    return choose(backend, logits.device).min_p_logprobs(logits, targets, min_p, transform)
 
 
 @torch.library.custom_op("a3po::min_p_token_logprobs", mutates_args=())
@@ -68,8 +68,13 @@ def min_p_token_logprobs(
     check_backend(backend, logits.device)
     check_min_p(min_p)
     check_targets(targets, logits.shape[-1], ignore_index, validate)
-    out = _min_p(
-        as_rows(logits.detach()), targets.reshape(-1).contiguous(), float(min_p), float(logit_scale),
-        float(softcap or 0.0), int(ignore_index), backend,
-    )  # fmt: skip
-    return out.view(targets.shape)
+    transform = Transform.of(1.0, softcap, logit_scale, ignore_index)
+    flat = min_p_rows_of(as_rows(logits), targets.reshape(-1).contiguous(), min_p, transform, backend)
+    return flat.view(targets.shape)
+
+
+def min_p_rows_of(rows: Tensor, targets: Tensor, min_p: float, transform: Transform, backend: str) -> Tensor:
+    """min_p_token_logprobs after its checks, of logits [batch, rows, V] and flat targets [N]; flat [N]."""
+    return _min_p(
+        rows.detach(), targets, float(min_p), transform.logit_scale, transform.softcap, transform.ignore_index, backend
+    )

@@ -180,20 +180,17 @@ def token_logprobs(
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
     check_targets(targets, logits.shape[-1], ignore_index, validate)
-    return token_logprobs_unchecked(
-        logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend
-    )
-
-
-def token_logprobs_unchecked(
-    logits, targets, temperature, softcap, logit_scale, ignore_index, inplace_backward, backend
-):
-    """token_logprobs after its checks."""
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
-    logp, entropy, _, _ = _token_statistics(
-        as_rows(logits), targets.reshape(-1).contiguous(), *transform, inplace_backward, backend
-    )
-    return TokenStats(logp.view(targets.shape), entropy.view(targets.shape))
+    stats = token_statistics(as_rows(logits), targets.reshape(-1).contiguous(), transform, inplace_backward, backend)
+    return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))
+
+
+def token_statistics(
+    rows: Tensor, targets: Tensor, transform: Transform, inplace_backward: bool, backend: str
+) -> TokenStats:
+    """token_logprobs after its checks, of logits [batch, rows, V] and flat targets [N]; flat [N]."""
+    logp, entropy, _, _ = _token_statistics(rows, targets, *transform, inplace_backward, backend)
+    return TokenStats(logp, entropy)
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int, validate: bool) -> None:

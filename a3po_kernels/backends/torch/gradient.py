@@ -9,6 +9,20 @@ from ...core.transform import LN2, Transform
 from .rows import Rows, Scratch, capped, exponent_floor, row_scale, uniformly
 
 
+def finish_gradient(grad, u, targets, one_hot, transform: Transform) -> None:
+    """Adds one_hot [n, 1] at the targets [n] of a chunk, and takes the gradient through the softcap; in place."""
+    target = targets.unsqueeze(-1).long()
+    known = (target >= 0) & (target < grad.shape[-1])
+    grad.scatter_add_(-1, target.clamp(0, grad.shape[-1] - 1), torch.where(known, one_hot, 0.0).to(grad.dtype))
+    if transform.softcap:
+        grad.mul_(torch.where(torch.isfinite(u), 1.0 - (u / transform.softcap).square_(), 1.0))
+
+
+def row_slope(k: torch.Tensor | float, transform: Transform) -> torch.Tensor | float:
+    """d x / d u, and d y / d z with a softcap between: k carries the logit scale otherwise."""
+    return (k * LN2) * (transform.logit_scale if transform.softcap else 1.0)
+
+
 def write_gradient(
     out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform: Transform, first_column: int = 0
 ) -> None:
@@ -28,7 +42,7 @@ def write_gradient(
         u = capped(work.read(rows), u_scratch, transform)
         n = u.shape[0]
         k = row_scale(rows, transform, dtype)
-        slope = (k * LN2) * (transform.logit_scale if transform.softcap else 1.0)
+        slope = row_slope(k, transform)
         g_lp = grad_logp[rows].unsqueeze(-1)
         weight = -inverse_total[rows].unsqueeze(-1) * slope
         e = e_scratch.rows(n)
@@ -44,12 +58,7 @@ def write_gradient(
             torch.sub(u, shift[rows].unsqueeze(-1), out=e).mul_(k)
             e_scratch.apply_(torch.exp2_, n)
             grad = e.mul_(g_lp * weight)
-        target = targets[rows].unsqueeze(-1).long() - first_column
-        known = (target >= 0) & (target < work.columns)
-        one_hot = torch.where(known, g_lp * slope, 0.0).to(dtype)
-        grad.scatter_add_(-1, target.clamp(0, work.columns - 1), one_hot)
-        if transform.softcap:
-            grad.mul_(torch.where(torch.isfinite(u), 1.0 - (u / transform.softcap).square_(), 1.0))
+        finish_gradient(grad, u, targets[rows] - first_column, g_lp * slope, transform)
         if work.index is None and logits.device.type != "cpu":
             # Every row was computed: one without a gradient may have held NaN.
             grad.masked_fill_(~active[rows].unsqueeze(-1), 0.0)

@@ -11,7 +11,7 @@ from ...core.transform import LN2, Transform
 from .rows import Rows, Scratch, capped, uniformly
 
 
-def min_p(logits, targets, min_p, transform: Transform):
+def min_p_logprobs(logits, targets, min_p, transform: Transform):
     """[N] log-probs of the targets among the tokens with p >= min_p * max p."""
     dtype = compute_dtype(logits.dtype)
     active = targets != transform.ignore_index

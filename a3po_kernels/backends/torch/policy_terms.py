@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ...core.forms import PolicyInputs, SurrogateForm
 from ...core.segments import segment_sum
-from ...core.surrogate_form import SurrogateForm
+from .rows import uniformly
+
+
+def _exp(x: Tensor) -> Tensor:
+    return uniformly(torch.exp, x)
 
 
 def _surrogate(form, ratio, slope, logp, advantage):
@@ -30,7 +37,7 @@ def _surrogate(form, ratio, slope, logp, advantage):
         return weight * logp, zero, weight, negative & (ratio < form.low), positive & (ratio > form.high), never
     if form.kind == "sapo":
         tau = torch.full_like(ratio, form.tau_negative).masked_fill(positive, form.tau_positive)
-        gate = torch.sigmoid(tau * (ratio - 1.0))
+        gate = uniformly(torch.sigmoid, tau * (ratio - 1.0))
         d_ratio = -advantage * 4.0 * gate * (1.0 - gate) * slope
         return -advantage * 4.0 / tau * gate, d_ratio, zero, never, never, never
     return -advantage * logp, zero, -advantage, never, never, never
@@ -43,83 +50,104 @@ def _kl(estimator: str, logp: Tensor, reference: Tensor, ratio: Tensor, slope: T
         return -gap, torch.ones_like(gap)
     if estimator == "k2":
         return 0.5 * gap.square(), -gap
-    e = gap.exp()
+    e = _exp(gap)
     k3 = e - gap - 1.0
     if estimator == "k3-ratio":
         return ratio * k3, slope * k3 + ratio * (1.0 - e)
     return k3, 1.0 - e
 
 
-def policy_terms(
-    logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected,
-    offsets, scale, form: SurrogateForm, d_logp_out: Tensor, d_entropy_out: Tensor,
-) -> Tensor:  # fmt: skip
-    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the sums named in SUMS as [1, 15]."""
-    dtype = logp.dtype
-    rollout = torch.searchsorted(offsets, torch.arange(logp.numel(), device=logp.device), right=True) - 1
+class LossTerms(NamedTuple):
+    """Of each token, before scale and entropy bonus: the loss, dloss/dlog ratio, dloss/dlogp past it, and metrics."""
 
-    def at(values: Tensor | None, where: Tensor) -> Tensor:
-        return torch.zeros_like(logp) if values is None else torch.where(where, values, 0.0)
+    loss: Tensor
+    d_ratio: Tensor
+    d_logp: Tensor
+    kl: Tensor
+    ratio: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    dual: Tensor
 
-    weights = at(weights, tokens)
-    kept = tokens & (weights != 0)
-    logp, entropy = at(logp, tokens), at(entropy, tokens)
-    advantage = at(advantages, kept) * weights
-    scale = scale[rollout]
-    length = segment_sum(tokens.to(dtype), offsets).clamp(min=1.0)
 
-    gap = torch.zeros_like(logp) if old is None else at(logp - old, tokens)
-    log_ratio = (segment_sum(gap, offsets) / length)[rollout] if form.sequence else gap
-    ratio = log_ratio.clamp(-20.0, 20.0).exp()
+def loss_terms(
+    form: SurrogateForm, kept: Tensor, logp: Tensor, advantage: Tensor, log_ratio: Tensor, importance: Tensor | None,
+    reference: Tensor | None, replaced: Tensor | None = None, proxy: Tensor | None = None,
+) -> LossTerms:  # fmt: skip
+    """The formula of the loss of each token; policy_terms and one_launch call it."""
+    ratio = _exp(log_ratio.clamp(-20.0, 20.0))
     slope = torch.where(log_ratio.abs() <= 20.0, ratio, 0.0)
     loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(form, ratio, slope, logp, advantage)
-    if replaced is not None:
-        replaced = replaced & kept
-        proxy_gap = at(proxy, replaced) - logp
-        k3 = proxy_gap.exp() - proxy_gap - 1.0
-        d_k3 = torch.where((k3 >= -10.0) & (k3 <= 10.0), form.beta * (1.0 - proxy_gap.exp()), 0.0)
+    if replaced is not None and proxy is not None:
+        gap = torch.where(replaced, proxy, 0.0) - logp
+        e = _exp(gap)
+        k3 = e - gap - 1.0
+        d_k3 = torch.where((k3 >= -10.0) & (k3 <= 10.0), form.beta * (1.0 - e), 0.0)
         loss = torch.where(replaced, -advantage * ratio + form.beta * k3.clamp(-10.0, 10.0), loss)
         d_ratio = torch.where(replaced, -advantage * slope, d_ratio)
         d_logp = torch.where(replaced, d_k3, d_logp)
         clip_low, clip_high, dual = clip_low & ~replaced, clip_high & ~replaced, dual & ~replaced
     if importance is not None:
-        factor = at(importance, kept)
-        loss, d_ratio, d_logp = loss * factor, d_ratio * factor, d_logp * factor
+        loss, d_ratio, d_logp = loss * importance, d_ratio * importance, d_logp * importance
     kl = torch.zeros_like(logp)
     if reference is not None:
-        kl, d_kl = _kl(form.kl_estimator, logp, at(reference, tokens), ratio, slope)
+        kl, d_kl = _kl(form.kl_estimator, logp, reference, ratio, slope)
         if form.kl_coef:
             loss, d_logp = loss + form.kl_coef * kl, d_logp + form.kl_coef * d_kl
+    d_ratio, d_logp = torch.where(kept, d_ratio, 0.0), torch.where(kept, d_logp, 0.0)
+    return LossTerms(loss, d_ratio, d_logp, kl, ratio, kept & clip_low, kept & clip_high, kept & dual)
 
-    d_logp, d_ratio = at(d_logp, kept), at(d_ratio, kept)
+
+def loss_and_coefficients(
+    logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, weight: float | Tensor, d_logp: Tensor,
+    d_entropy: Tensor,
+) -> Tensor:  # fmt: skip
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss and METRICS, [14]."""
+    dtype, tokens, offsets = logp.dtype, inputs.tokens, inputs.offsets
+    rollout = inputs.rollout.long()
+
+    def at(values: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, values, 0.0)
+
+    kept = tokens & (inputs.weights != 0)
+    logp, entropy = at(logp, tokens), at(entropy, tokens)
+    advantage = at(inputs.advantages, kept) * inputs.weights
+    scale = at(inputs.scale[rollout], tokens)
+    length = inputs.counts.clamp(min=1.0)
+    gap = torch.zeros_like(logp) if inputs.old is None else at(logp - inputs.old, tokens)
+    log_ratio = (segment_sum(gap, offsets) / length)[rollout] if form.sequence else gap
+    replaced = None if inputs.replaced is None else inputs.replaced & kept
+    terms = loss_terms(
+        form, kept, logp, advantage, log_ratio, None if inputs.importance is None else at(inputs.importance, kept),
+        None if inputs.reference is None else at(inputs.reference, tokens), replaced, inputs.proxy,
+    )  # fmt: skip
     if form.sequence:
-        shared = segment_sum(d_ratio, offsets) / length
-        d_logp = at(d_logp + shared[rollout], tokens) * scale
+        shared = segment_sum(terms.d_ratio, offsets) / length
+        d_logp.copy_(at(terms.d_logp + shared[rollout], tokens) * scale)
     else:
-        d_logp = (d_logp + d_ratio) * scale
-    d_logp_out.copy_(d_logp)
-    active = d_logp != 0
+        d_logp.copy_((terms.d_logp + terms.d_ratio) * scale)
+    loss, active = terms.loss, d_logp != 0
     if form.entropy_coef:
         loss = loss - form.entropy_coef * entropy
-        d_entropy = torch.where(kept, -form.entropy_coef * scale, 0.0)
-        d_entropy_out.copy_(d_entropy)
+        d_entropy.copy_(torch.where(kept, -form.entropy_coef * scale, 0.0))
         active = active | (d_entropy != 0)
     loss = at(loss * scale, kept).sum()
 
-    positive, negative = tokens & (polarity > 0), tokens & (polarity < 0)
-    picked = torch.zeros_like(tokens) if selected is None else selected & tokens
-    ratio = at(ratio, tokens)
+    positive, negative = tokens & (inputs.polarity > 0), tokens & (inputs.polarity < 0)
+    picked = torch.zeros_like(tokens) if inputs.selected is None else inputs.selected & tokens
+    ratio = at(terms.ratio, tokens)
     flags = (
-        kept & clip_low, kept & clip_high, kept & dual, picked & positive, picked & negative, positive, negative,
-        active, tokens,
+        terms.clip_low, terms.clip_high, terms.dual, picked & positive, picked & negative, positive, negative, active,
+        tokens,
     )  # fmt: skip
-    sums = [
-        loss,
-        entropy.sum(),
-        at(kl, tokens).sum(),
-        -gap.sum(),
-        ratio.sum(),
-        *(flag.sum() for flag in flags),
-        ratio.amax(),
-    ]
-    return torch.stack([value.to(dtype) for value in sums]).unsqueeze(0)
+    counted = torch.stack(flags).sum(1).to(dtype)
+    low, high, dual, chosen_up, chosen_down, up, down, moving, known = counted.unbind()
+    every = inputs.counts.sum()
+    per_token = known.clamp(min=1.0)
+    means = torch.stack([entropy.sum(), at(terms.kl, tokens).sum(), -gap.sum(), ratio.sum()]) / per_token
+    largest = ratio.amax() if ratio.numel() else ratio.new_zeros(())
+    beta = weight.to(dtype) if isinstance(weight, Tensor) else torch.full_like(loss, weight)
+    return torch.stack([
+        loss, *means.unbind(), largest, low / per_token, high / per_token, dual / per_token,
+        chosen_up / up.clamp(min=1.0), chosen_down / down.clamp(min=1.0), moving / every.clamp(min=1.0), every, beta,
+    ])  # fmt: skip

@@ -7,6 +7,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ...core.forms import RuleForm
+from ...core.rounding import bounded_fraction
+
+# The longest segment that apply_rules walks well.
+LONGEST_SEGMENT = 2**62
+
 
 def select(
     metric: Tensor, eligible: Tensor, offsets: Tensor, fraction: Fraction, high: bool, ceil: bool, at_least: int,
@@ -42,3 +48,22 @@ def select(
     order = order[torch.sort(group[order], stable=True).indices]
     chosen = (position - offsets[segment] < k[segment])[torch.arange(count, device=metric.device)]
     return torch.empty_like(eligible).scatter_(0, order, chosen)
+
+
+def apply_rules(weights: Tensor, polarity: Tensor, offsets: Tensor, rules: list[RuleForm]) -> tuple[Tensor, Tensor]:
+    """(weights, selected) [N] after the rules in the order given."""
+    selected = torch.zeros(weights.shape, dtype=torch.bool, device=weights.device)
+    if weights.numel() == 0 or offsets.numel() < 2:
+        return weights.clone(), selected
+    for rule in rules:
+        eligible = weights != 0
+        if rule.polarity:
+            eligible = eligible & (polarity * rule.polarity > 0)
+        fraction = bounded_fraction(rule.ratio, weights.numel(), rule.ceil)
+        chosen = select(rule.metric, eligible, offsets, fraction, rule.high, rule.ceil, 1, 0)
+        scale = rule.scale.to(weights.dtype) if isinstance(rule.scale, Tensor) else rule.scale
+        if rule.rest != 1.0:
+            weights = torch.where(eligible & ~chosen, weights * rule.rest, weights)
+        weights = torch.where(chosen, weights * scale, weights)
+        selected = selected | chosen
+    return weights, selected

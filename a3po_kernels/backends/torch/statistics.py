@@ -8,6 +8,39 @@ from ...core.transform import LN2, Transform
 from .rows import LOWEST, Rows, Scratch, capped, exponent_floor, row_scale, uniformly
 
 
+class Buffers:
+    """Room for the capped logits, exponents and exponentials of a chunk of rows."""
+
+    def __init__(self, work: Rows, dtype: torch.dtype):
+        self.u, self.t, self.e = (Scratch(work.step + 1, work.columns, work.logits, dtype) for _ in range(3))
+
+
+def chunk_statistics(
+    u: torch.Tensor, k: torch.Tensor | float, buffers: Buffers
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(shift, sum of 2^t, sum of 2^t t) of capped logits u [n, V]; leaves 2^t t and 2^t in the buffers t and e."""
+    n = u.shape[0]
+    at_least_two = max(n, 2)
+    # A finite shift: a tile of nothing but -inf then sums to 0 instead of NaN.
+    m = u.amax(-1, keepdim=True).clamp_min_(LOWEST)
+    t, e = buffers.t.rows(n), buffers.e.rows(n)
+    torch.sub(u, m, out=t).mul_(k).clamp_min_(exponent_floor(t.dtype))
+    e.copy_(t)
+    buffers.e.apply_(torch.exp2_, n)
+    total = buffers.e.rows(at_least_two).sum(-1)[:n]
+    t.mul_(e)
+    return m.squeeze(-1), total, buffers.t.rows(at_least_two).sum(-1)[:n]
+
+
+def row_results(shift, total, dot, target, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp, entropy, log2 sum) from merged statistics and the target's capped logit, NaN where that is unknown."""
+    # Nothing but -inf in the row: no distribution.
+    total = torch.where(total == 0, torch.nan, total)
+    log_sum = uniformly(torch.log2, total)
+    # Not clamped as t is: a target at -inf has logp -inf.
+    return ((target - shift) * k - log_sum) * LN2, (log_sum - dot / total) * LN2, log_sum
+
+
 def _tile_statistics(logits, targets, active, transform: Transform, dtype: torch.dtype) -> torch.Tensor:
     """State [4, N] of a tile: shift m = max u, sum of 2^t and of 2^t t with t = k (u - m), the target's u (or NaN)."""
     count = targets.numel()
@@ -16,23 +49,12 @@ def _tile_statistics(logits, targets, active, transform: Transform, dtype: torch
     state = torch.zeros((4, count), dtype=dtype, device=logits.device)
     shift, total, dot, target_u = state.unbind()
     work = Rows(logits, active)
-    u_scratch, t_scratch, e_scratch = (Scratch(work.step + 1, work.columns, logits, dtype) for _ in range(3))
+    buffers = Buffers(work, dtype)
     for rows in work.chunks():
-        u = capped(work.read(rows), u_scratch, transform)
-        n = u.shape[0]
-        at_least_two = max(n, 2)
-        k = row_scale(rows, transform, dtype)
-        # A finite shift: a tile of nothing but -inf then sums to 0 instead of NaN.
-        m = u.amax(-1, keepdim=True).clamp_min_(LOWEST)
-        t, e = t_scratch.rows(n), e_scratch.rows(n)
-        torch.sub(u, m, out=t).mul_(k).clamp_min_(exponent_floor(dtype))
-        e.copy_(t)
-        e_scratch.apply_(torch.exp2_, n)
-        shift[rows] = m.squeeze(-1)
-        total[rows] = e_scratch.rows(at_least_two).sum(-1)[:n]
+        u = capped(work.read(rows), buffers.u, transform)
+        found = chunk_statistics(u, row_scale(rows, transform, dtype), buffers)
+        shift[rows], total[rows], dot[rows] = found
         target_u[rows] = u.gather(-1, safe_targets[rows].unsqueeze(-1)).squeeze(-1)
-        t.mul_(e)
-        dot[rows] = t_scratch.rows(at_least_two).sum(-1)[:n]
     target_u.masked_fill_(~known, torch.nan)
     return state
 
@@ -66,11 +88,7 @@ def fold_statistics(
         state.copy_(merged)
         return
     shift, total, dot, target = merged
-    # Nothing but -inf in the row: no distribution. A row left out has no statistics.
-    total = torch.where(active, torch.where(total == 0, torch.nan, total), 1.0)
-    log_sum = uniformly(torch.log2, total)
-    # Not clamped as t is: a target at -inf has logp -inf. NaN: a target outside the vocabulary.
-    logp = ((target - shift) * k - log_sum) * LN2
-    entropy = (log_sum - dot / total) * LN2
+    # A row left out has no statistics.
+    logp, entropy, log_sum = row_results(shift, torch.where(active, total, 1.0), dot, target, k)
     for result, values in zip(results, (logp, entropy, shift, log_sum), strict=True):
         result.copy_(torch.where(active, values, 0.0))

@@ -1,17 +1,131 @@
-"""The gradient of the logits from the statistics and the two coefficients of a row: one read and one write."""
+"""The gradient of the logits from the statistics and the two coefficients of a row: one read and one write.
+
+It is elementwise, so that a row off the 16-byte grid may be walked in blocks that lie on it: only the first and the
+last block of a row are masked, and the blocks between have wide loads and stores.
+"""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...core.transform import Transform
-from .launch import device_guard, is_aligned, triton_dtype, vector_width
-from .math import LN2, clamp_min, exponent_floor, load_capped, softcap_slope
-from .rows import RUN_TIME, exponent_scale_of, row_offset
+from .launch import VOCABULARY_OPTIONS, device_guard, is_aligned, processors, row_arguments, triton_dtype
+from .math import LN2, clamp_min, exponent_floor, softcap_slope, softcapped
+from .statistics import RUN_TIME
+from .tiles import exponent_scale_of, misalignment, row_pointer
 
-# Bytes of a row that one program writes.
-_GRADIENT_BYTES = 16384
-_GRADIENT_WARPS = 8
+# Bytes of a row that are in flight at a time, and the warps that hold them: measured on an H200.
+_BLOCK_BYTES = 8192
+_WARPS = 4
+# Below this many rows a processor a program writes one block.
+_FEW_ROWS = 4
+
+
+@triton.jit
+def window(pointer, LOADS: tl.constexpr):
+    """(the last 16-byte boundary before a row, elements between): where its blocks begin."""
+    if LOADS == "shifted":
+        skip = misalignment(pointer).to(tl.int32)
+        return pointer - skip, skip
+    else:
+        return pointer, 0
+
+
+@triton.jit
+def _at(start, first, skip, stride, LOADS: tl.constexpr, BLOCK: tl.constexpr):
+    if LOADS == "strided":
+        return start + (first + tl.arange(0, BLOCK)).to(tl.int64) * stride
+    else:
+        return tl.multiple_of(start + first, 16) + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _store(
+    out, first, skip, n_columns, stride, values, MASKED: tl.constexpr, LOADS: tl.constexpr, BLOCK: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    values = values.to(out.dtype.element_ty)
+    if MASKED:
+        columns = first + tl.arange(0, BLOCK) - skip
+        inside = (columns >= 0) & (columns < n_columns)
+        tl.store(_at(out, first, skip, stride, LOADS, BLOCK), values, mask=inside, eviction_policy=KEEP)
+    else:
+        tl.store(_at(out, first, skip, stride, LOADS, BLOCK), values, eviction_policy=KEEP)
+
+
+@triton.jit
+def _write_block(
+    logits, out, first, skip, n_columns, column_stride, out_column_stride, target, k, shift, constant, factor, one_hot,
+    scale, cap, MASKED: tl.constexpr, LOADS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """dL/dz of BLOCK columns: 2^t (constant + factor t), with t = k u - shift, and one_hot at the target."""
+    columns = first + tl.arange(0, BLOCK) - skip
+    pointers = _at(logits, first, skip, column_stride, LOADS, BLOCK)
+    if MASKED:
+        inside = (columns >= 0) & (columns < n_columns)
+        u = tl.load(pointers, mask=inside, other=0.0, eviction_policy=KEEP).to(COMPUTE)
+    else:
+        u = tl.load(pointers, eviction_policy=KEEP).to(COMPUTE)
+    if HAS_SOFTCAP:
+        u = softcapped(u * scale, cap, COMPUTE)
+    zero = tl.zeros_like(u)
+    t = tl.fma(u, zero + k, zero - shift)
+    if HAS_ENTROPY:
+        t = clamp_min(t, exponent_floor(COMPUTE))
+        grad = tl.exp2(t) * tl.fma(t, zero + factor, zero + constant)
+    else:
+        grad = tl.exp2(t) * constant
+    grad = tl.where(columns == target, grad + one_hot, grad)
+    if HAS_SOFTCAP:
+        grad = grad * softcap_slope(u, cap)
+    _store(out, first, skip, n_columns, out_column_stride, grad, MASKED, LOADS, BLOCK, KEEP)
+
+
+@triton.jit
+def write_row(
+    logits, out, skip, begin, end, n_columns, column_stride, out_column_stride, target, k, shift, log_sum, entropy,
+    d_logp, d_entropy, scale, cap, LOADS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    REVERSED: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Writes the blocks [begin, end) of a row's gradient; zeros, with nothing read, where both coefficients are 0.
+
+    logits, out: the row's window; target: its column there. d_logp, d_entropy: dL/dlogp and dL/dH.
+    """
+    idle = d_logp == 0.0
+    if HAS_ENTROPY:
+        idle = idle & (d_entropy == 0.0)
+    if idle:
+        for block in range(begin, end):
+            zeros = tl.zeros((BLOCK,), COMPUTE)
+            _store(out, block * BLOCK, skip, n_columns, out_column_stride, zeros, True, LOADS, BLOCK, KEEP)
+    else:
+        # d u / d z and d x / d u: k carries the temperature and, without a softcap, the logit scale too.
+        slope = k * LN2
+        if HAS_SOFTCAP:
+            slope = slope * scale
+        # Per row rather than per element: p = 2^t / sum, and log p + H = ln2 * (t - log2 sum) + H.
+        weight = -slope * tl.exp2(-log_sum)
+        constant = weight * d_logp
+        factor = weight * 0.0
+        if HAS_ENTROPY:
+            constant = weight * tl.fma(d_entropy, tl.fma(log_sum * 0.0 - LN2, log_sum, entropy), d_logp)
+            factor = weight * d_entropy * LN2
+        one_hot = d_logp * slope
+        for i in range(begin, end):
+            first = i * BLOCK
+            if REVERSED:
+                first = (begin + end - 1 - i) * BLOCK
+            if (first >= skip) & (first + BLOCK <= n_columns + skip):
+                _write_block(
+                    logits, out, first, skip, n_columns, column_stride, out_column_stride, target, k, shift, constant,
+                    factor, one_hot, scale, cap, False, LOADS, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE, KEEP,
+                )  # fmt: skip
+            else:
+                _write_block(
+                    logits, out, first, skip, n_columns, column_stride, out_column_stride, target, k, shift, constant,
+                    factor, one_hot, scale, cap, True, LOADS, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE, KEEP,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -22,81 +136,76 @@ def _load_coefficient(pointer, stride, row, COMPUTE: tl.constexpr):
         return tl.load(pointer + row * stride).to(COMPUTE)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=[*RUN_TIME, "blocks", "blocks_per_program"])
 def logits_gradient_kernel(
     logits_ptr, targets_ptr, temperature_ptr, shift_ptr, log_sum_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
     grad_ptr, n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
-    grad_batch_stride: tl.int64, grad_row_stride: tl.int64, grad_column_stride, temperature_stride: tl.int64,
-    grad_logp_stride: tl.int64, grad_entropy_stride: tl.int64, ignore_index: tl.int64,
-    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64, first_column: tl.int64,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64, logit_scale: tl.float64,
+    softcap: tl.float64, out_batch_stride: tl.int64, out_row_stride: tl.int64, out_column_stride,
+    grad_logp_stride: tl.int64, grad_entropy_stride: tl.int64, first_column: tl.int64, blocks: tl.int32,
+    blocks_per_program: tl.int32,
+    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """dL/dz of BLOCK columns of one row. Grid (rows, ceil(columns / BLOCK)); grad may be the logits themselves.
+    """Writes the gradient of a row, or of some blocks of it. Grid (rows, ceil(blocks / blocks_per_program)).
 
-    The logits are the columns from first_column on of the vocabulary that the targets count. A row whose coefficients
-    are both zero is written without being read.
+    The logits are the columns from first_column on of a wider vocabulary.
     """
     row32 = tl.program_id(0)
     row = row32.to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    columns = first + tl.arange(0, BLOCK)
-    mask = columns < n_columns
-    offsets = tl.arange(0, BLOCK).to(tl.int64)
-    start = tl.cast(first, tl.int64)
-    out = grad_ptr + row_offset(row32, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNED, VEC)
-    out += start * grad_column_stride + offsets * grad_column_stride
-
     target = tl.load(targets_ptr + row).to(tl.int64)
-    grad_logp = _load_coefficient(grad_logp_ptr, grad_logp_stride, row, COMPUTE)
-    grad_entropy = _load_coefficient(grad_entropy_ptr, grad_entropy_stride, row, COMPUTE)
-    if (target == ignore_index) | ((grad_logp == 0.0) & (grad_entropy == 0.0)):
-        tl.store(out, tl.zeros((BLOCK,), COMPUTE).to(grad_ptr.dtype.element_ty), mask=mask)
-    else:
-        k = exponent_scale_of(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
-        cap = tl.full((), softcap, COMPUTE)
-        base = logits_ptr + row_offset(row32, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
-        pointers = base + start * column_stride + offsets * column_stride
-        u = load_capped(pointers, mask, tl.full((), logit_scale, COMPUTE), cap, True, HAS_SOFTCAP, COMPUTE)
-        t = tl.fma(u, tl.zeros_like(u) + k, tl.zeros_like(u) - tl.load(shift_ptr + row))
-        # d u / d z and d x / d u: k carries the temperature and, without a softcap, the logit scale too.
-        slope = k * LN2
-        if HAS_SOFTCAP:
-            slope = slope * tl.full((), logit_scale, COMPUTE)
-        log_sum = tl.load(log_sum_ptr + row)
-        # Per row rather than per element: p = 2^t / sum, and log p + H = ln2 * (t - log2 sum) + H.
-        weight = -slope * tl.exp2(-log_sum)
-        if grad_entropy_ptr is None:
-            grad = (weight * grad_logp) * tl.exp2(t)
-        else:
-            t = clamp_min(t, exponent_floor(COMPUTE))
-            constant = weight * (grad_logp + grad_entropy * (tl.load(entropy_ptr + row) - LN2 * log_sum))
-            grad = tl.exp2(t) * tl.fma(t, tl.zeros_like(t) + weight * grad_entropy * LN2, tl.zeros_like(t) + constant)
-        grad = tl.where(columns == target - first_column, grad + grad_logp * slope, grad)
-        if HAS_SOFTCAP:
-            grad = grad * softcap_slope(u, cap)
-        tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    d_logp = _load_coefficient(grad_logp_ptr, grad_logp_stride, row, COMPUTE)
+    d_entropy = _load_coefficient(grad_entropy_ptr, grad_entropy_stride, row, COMPUTE)
+    k = exponent_scale_of(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
+    shift = tl.load(shift_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    entropy = tl.load(entropy_ptr + row)
+    ignored = target == ignore_index
+    d_logp = tl.where(ignored, 0.0, d_logp)
+    d_entropy = tl.where(ignored, 0.0, d_entropy)
+    logits, skip = window(row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride), LOADS)
+    out, _out_skip = window(row_pointer(grad_ptr, row32, rows_per_batch, out_batch_stride, out_row_stride), LOADS)
+    begin = tl.program_id(1) * blocks_per_program
+    write_row(
+        logits, out, skip, begin, tl.minimum(begin + blocks_per_program, blocks), n_columns, column_stride,
+        out_column_stride, target - first_column, k, shift, log_sum, entropy, d_logp, d_entropy,
+        tl.full((), logit_scale, COMPUTE), tl.full((), softcap, COMPUTE), LOADS, grad_entropy_ptr is not None,
+        HAS_SOFTCAP, False, BLOCK, COMPUTE, "",
+    )  # fmt: skip
+
+
+def gradient_loads(logits: Tensor, out: Tensor) -> str:
+    """How the rows of logits and gradient [batch, rows, V] may be walked together: see tiles.load_tile."""
+    if any(x.stride(2) != 1 and x.shape[2] > 1 for x in (logits, out)):
+        return "strided"
+    if is_aligned(logits, out):
+        return "aligned"
+    size = logits.element_size()
+    apart = [logits.data_ptr() - out.data_ptr()]
+    apart += [(logits.stride(dim) - out.stride(dim)) * size for dim in (0, 1) if logits.shape[dim] > 1]
+    together = out.element_size() == size and all(step % 16 == 0 for step in apart)
+    return "shifted" if together else "strided"
+
+
+def blocks_of(columns: int, block: int, loads: str, itemsize: int) -> int:
+    """Blocks of a row, whose window may begin before it."""
+    return triton.cdiv(columns + (16 // itemsize - 1 if loads == "shifted" else 0), block)
 
 
 def write_gradient(
     out: Tensor, logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
     grad_logp: Tensor | None, grad_entropy: Tensor | None, transform: Transform, first_column: int = 0,
 ) -> None:  # fmt: skip
-    """Writes dL/dz of logits [batch, rows, columns] into `out`, possibly the logits themselves.
-
-    grad_logp, grad_entropy: the incoming gradients [N]; either may be absent. A row where both are 0 becomes 0.
-    """
-    rows, columns = targets.numel(), logits.shape[-1]
-    if rows == 0:
-        return
-    block = _GRADIENT_BYTES // logits.element_size()
+    """Writes dL/dz of logits [batch, rows, columns] into `out`, possibly the logits themselves."""
+    rows, columns, size = targets.numel(), logits.shape[-1], logits.element_size()
+    loads, block = gradient_loads(logits, out), _BLOCK_BYTES // size
+    blocks = blocks_of(columns, block, loads, size)
+    each = 1 if rows <= _FEW_ROWS * processors(logits.device) else blocks
     with device_guard(logits):
-        logits_gradient_kernel[(rows, triton.cdiv(columns, block))](
+        logits_gradient_kernel[(rows, triton.cdiv(blocks, each))](
             logits, targets, transform.temperature, shift, log_sum, entropy, grad_logp, grad_entropy, out,
-            columns, logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2),
-            out.stride(0), out.stride(1), out.stride(2), transform.temperature_stride,
+            columns, *row_arguments(logits, transform), out.stride(0), out.stride(1), out.stride(2),
             0 if grad_logp is None else grad_logp.stride(0), 0 if grad_entropy is None else grad_entropy.stride(0),
-            transform.ignore_index, transform.exponent_scale, transform.logit_scale, transform.softcap or 1.0,
-            first_column,
-            HAS_SOFTCAP=bool(transform.softcap), ALIGNED=is_aligned(logits, out), VEC=vector_width(logits),
-            BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=_GRADIENT_WARPS, enable_fp_fusion=True,
+            first_column, blocks, each,
+            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads, BLOCK=block, COMPUTE=triton_dtype(logits.dtype),
+            num_warps=_WARPS, **VOCABULARY_OPTIONS,
         )  # fmt: skip

@@ -1,12 +1,19 @@
-"""What every launcher needs: the current device, the dtype of the statistics, the alignment of rows."""
+"""What every launcher needs: the current device, the dtype of the statistics, how rows may be read."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
 from torch import Tensor
+
+from ...core.transform import Transform
+
+# Fused multiply-adds are written out where they are wanted: two kernels that share a formula then share its bits.
+VOCABULARY_OPTIONS = {"enable_fp_fusion": False}
+_INTERPRETED_PROCESSORS = 1
 
 
 def triton_dtype(dtype: torch.dtype):
@@ -20,9 +27,20 @@ def device_guard(tensor: Tensor):
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
-def vector_width(logits: Tensor) -> int:
-    """Elements of a 16-byte load."""
-    return 16 // logits.element_size()
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of a GPU; 1 in the interpreter."""
+    if device.type == "cpu":
+        return _INTERPRETED_PROCESSORS
+    return torch.get_device_module(device).get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def cache_bytes(device: torch.device) -> int:
+    """Size of a GPU's L2 cache."""
+    if device.type == "cpu":
+        return 1 << 20
+    return getattr(torch.get_device_module(device).get_device_properties(device), "L2_cache_size", 40 << 20)
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -30,3 +48,18 @@ def is_aligned(*tensors: Tensor) -> bool:
     # The stride of a dimension of one entry is never used, and may be anything.
     steps = [x.stride(dim) * x.element_size() for x in tensors for dim in (0, 1) if x.shape[dim] > 1]
     return all(step % 16 == 0 for step in steps) and all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def loads_of(logits: Tensor) -> str:
+    """How tiles.load_tile reads the rows of [batch, rows, V]."""
+    if logits.stride(2) != 1 and logits.shape[2] > 1:
+        return "strided"
+    return "aligned" if is_aligned(logits) else "shifted"
+
+
+def row_arguments(logits: Tensor, transform: Transform) -> tuple:
+    """What finds and transforms a row: its address, temperature, ignored target, and the three scales."""
+    return (
+        logits.shape[1], logits.stride(0), logits.stride(1), logits.stride(2), transform.temperature_stride,
+        transform.ignore_index, transform.exponent_scale, transform.logit_scale, transform.softcap or 1.0,
+    )  # fmt: skip

@@ -26,34 +26,19 @@ def softcapped(y, softcap, COMPUTE: tl.constexpr):
     tanh |a| = 1 - 2 e / (1 + e) with e = e^-2|a| <= 1; it cancels near 0, where fp32 takes the Taylor series instead.
     """
     inverse = 1.0 / softcap
+    zero = tl.zeros_like(y)
     e = tl.exp2(tl.abs(y) * (-2.0 * LOG2E * inverse))
-    u = softcap - (2.0 * softcap * e) * _reciprocal(e + 1.0, COMPUTE)
+    u = tl.fma(zero - 2.0 * softcap * e, _reciprocal(e + 1.0, COMPUTE), zero + softcap)
     u = tl.where(y < 0, -u, u)
     if COMPUTE == tl.float32:
         square = y * y
         r = inverse * inverse
-        series = 0.05396825397 * r * r * r
-        series = 0.13333333333 * r * r - square * (series - square * (0.02186948854 * r * r * r * r))
-        u = tl.where(square * r < 0.09, y + y * square * (square * series - 0.33333333333 * r), u)
+        # y - y^3 r / 3 + 2 y^5 r^2 / 15 - 17 y^7 r^3 / 315 + 62 y^9 r^4 / 2835
+        series = tl.fma(square, zero + 0.02186948854 * r * r * r * r, zero - 0.05396825397 * r * r * r)
+        series = tl.fma(square, series, zero + 0.13333333333 * r * r)
+        series = tl.fma(square, series, zero - 0.33333333333 * r)
+        u = tl.where(square * r < 0.09, tl.fma(y * square, series, y), u)
     return tl.where(tl.abs(y) < float("inf"), u, y)
-
-
-@triton.jit
-def load_capped(
-    pointers, mask, logit_scale, softcap, MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """Capped logits u in the compute dtype; a column outside the row reads as -inf, so that it weighs nothing.
-
-    u = softcap * tanh(logit_scale * z / softcap), or z itself without a softcap (the scale is then in k).
-    """
-    if MASKED:
-        z = tl.load(pointers, mask=mask, other=float("-inf")).to(COMPUTE)
-    else:
-        z = tl.load(pointers).to(COMPUTE)
-    if HAS_SOFTCAP:
-        return softcapped(z * logit_scale, softcap, COMPUTE)
-    else:
-        return z
 
 
 @triton.jit
@@ -74,7 +59,8 @@ def exponent_floor(COMPUTE: tl.constexpr):
 @triton.jit
 def softcap_slope(u, softcap):
     """d softcapped / d y, written in the capped value u."""
-    return tl.where(tl.abs(u) < float("inf"), 1.0 - (u / softcap) * (u / softcap), 1.0)
+    a = u / softcap
+    return tl.where(tl.abs(u) < float("inf"), tl.fma(-a, a, tl.zeros_like(a) + 1.0), 1.0)
 
 
 @triton.jit
@@ -88,6 +74,6 @@ def merge_statistics(shift_a, sum_a, dot_a, shift_b, sum_b, dot_b):
     move_b = shift_b - shift
     scale_a = tl.exp2(move_a)
     scale_b = tl.exp2(move_b)
-    total = scale_a * sum_a + scale_b * sum_b
-    dot = scale_a * (dot_a + move_a * sum_a) + scale_b * (dot_b + move_b * sum_b)
+    total = tl.fma(scale_a, sum_a, scale_b * sum_b)
+    dot = tl.fma(scale_a, tl.fma(move_a, sum_a, dot_a), scale_b * tl.fma(move_b, sum_b, dot_b))
     return shift, total, dot

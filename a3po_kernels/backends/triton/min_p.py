@@ -9,20 +9,19 @@ from torch import Tensor
 
 from ...core.checks import compute_dtype
 from ...core.transform import Transform
-from .launch import device_guard, is_aligned, triton_dtype, vector_width
-from .math import LN2, load_capped
-from .rows import RUN_TIME, row_offset
-
-_BLOCK = 4096
+from .launch import VOCABULARY_OPTIONS, device_guard, loads_of, row_arguments, triton_dtype
+from .math import LN2
+from .statistics import RUN_TIME, lanes_of, warps_of
+from .tiles import lane_max, lane_sum, load_tile, pair_sum, row_pointer, tile_columns
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def min_p_kernel(
     logits_ptr, targets_ptr, out_ptr,
     n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
-    ignore_index: tl.int64, log2_min_p: tl.float64,
-    exponent_scale: tl.float64, logit_scale: tl.float64, softcap: tl.float64,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64, logit_scale: tl.float64,
+    softcap: tl.float64, log2_min_p: tl.float64,
+    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of the target among the tokens with p >= min_p * max p. Grid (rows,); two reads of the row."""
     row32 = tl.program_id(0)
@@ -35,46 +34,44 @@ def min_p_kernel(
     cap = tl.full((), softcap, COMPUTE)
     k = tl.full((), exponent_scale, COMPUTE)
     floor = tl.full((), log2_min_p, COMPUTE)
-    base = logits_ptr + row_offset(row32, rows_per_batch, batch_stride, row_stride, ALIGNED, VEC)
-    columns = tl.arange(0, BLOCK)
-    offsets = columns.to(tl.int64) * column_stride
+    base = row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride)
+    tile: tl.constexpr = LANES * (128 // logits_ptr.dtype.element_ty.primitive_bitwidth)
 
-    largest = tl.full((BLOCK,), float("-inf"), COMPUTE)
-    for first in range(0, n_columns, BLOCK):
-        pointers = base + tl.cast(first, tl.int64) * column_stride + offsets
-        u = load_capped(pointers, first + columns < n_columns, scale, cap, True, HAS_SOFTCAP, COMPUTE)
-        largest = tl.maximum(largest, u)
+    largest = tl.full((LANES,), float("-inf"), COMPUTE)
+    for first in range(0, n_columns, tile):
+        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE)
+        largest = tl.maximum(largest, lane_max(u))
     largest_u = tl.max(largest, axis=0)
 
-    total = tl.zeros((BLOCK,), COMPUTE)
-    for first in range(0, n_columns, BLOCK):
-        pointers = base + tl.cast(first, tl.int64) * column_stride + offsets
-        inside = first + columns < n_columns
-        u = load_capped(pointers, inside, scale, cap, True, HAS_SOFTCAP, COMPUTE)
+    total = tl.zeros((LANES,), COMPUTE)
+    target_t = tl.zeros((LANES,), COMPUTE)
+    for first in range(0, n_columns, tile):
+        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE)
+        columns = tile_columns(first, LANES, logits_ptr.dtype.element_ty)
         t = (u - largest_u) * k  # exactly 0 at the maximum, which min_p = 1 keeps
         # "not below" rather than "at least": a NaN is kept, and makes the row NaN.
-        total += tl.where(inside & ~(t < floor), tl.exp2(t), 0.0)
-    log_sum = tl.log2(tl.sum(total, axis=0))
+        total += lane_sum(tl.where((columns < n_columns) & ~(t < floor), tl.exp2(t), 0.0))
+        # The very number that was compared: computed a second time it could be another.
+        target_t += lane_sum(tl.where(columns == target, t, 0.0))
+    log_sum = tl.log2(pair_sum(total, LANES))
+    t_target = tl.sum(target_t, axis=0)
 
     known = (target >= 0) & (target < n_columns)
-    u = load_capped(base + target * column_stride, known, scale, cap, True, HAS_SOFTCAP, COMPUTE)
-    t = (u - largest_u) * k
-    logp = (t - log_sum) * LN2
-    logp = tl.where((t < floor) & (log_sum == log_sum), float("-inf"), logp)
+    logp = (t_target - log_sum) * LN2
+    logp = tl.where((t_target < floor) & (log_sum == log_sum), float("-inf"), logp)
     tl.store(out_ptr + row, tl.where(known, logp, float("nan")))
 
 
-def min_p(logits: Tensor, targets: Tensor, min_p: float, transform: Transform) -> Tensor:
-    """[N] of logits [batch, rows, V]; the transform's temperature plays no part."""
+def min_p_logprobs(logits: Tensor, targets: Tensor, min_p: float, transform: Transform) -> Tensor:
+    """[N] of logits [batch, rows, V]; the transform has no temperature."""
     out = torch.empty(targets.numel(), dtype=compute_dtype(logits.dtype), device=logits.device)
     if targets.numel() == 0:
         return out
+    lanes = lanes_of(logits.shape[-1], logits.element_size())
     with device_guard(logits):
         min_p_kernel[(targets.numel(),)](
-            logits, targets, out, logits.shape[-1], logits.shape[1], logits.stride(0), logits.stride(1),
-            logits.stride(2), transform.ignore_index, math.log2(min_p), transform.exponent_scale,
-            transform.logit_scale, transform.softcap or 1.0,
-            HAS_SOFTCAP=bool(transform.softcap), ALIGNED=is_aligned(logits), VEC=vector_width(logits), BLOCK=_BLOCK,
-            COMPUTE=triton_dtype(logits.dtype), num_warps=4, enable_fp_fusion=True,
+            logits, targets, out, logits.shape[-1], *row_arguments(logits, transform), math.log2(min_p),
+            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), LANES=lanes,
+            COMPUTE=triton_dtype(logits.dtype), num_warps=warps_of(lanes), **VOCABULARY_OPTIONS,
         )  # fmt: skip
     return out

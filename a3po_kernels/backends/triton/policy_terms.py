@@ -1,11 +1,14 @@
-"""Triton kernels of the policy loss of N tokens: one program a rollout, every sum in a fixed order."""
+"""The policy loss of N tokens and the two coefficients of each: every sum in a fixed order.
+
+loss_terms is the formula; the kernel here and the one that joins both stages of a row (one_launch.py) call it.
+"""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.surrogate_form import SUMS, SurrogateForm
-from .launch import device_guard, triton_dtype
+from ...core.forms import METRICS, SUMS, PolicyInputs, SurrogateForm
+from .launch import VOCABULARY_OPTIONS, device_guard, triton_dtype
 from .math import LOG2E
 
 _BLOCK = 1024
@@ -113,50 +116,71 @@ def _kl(logp, reference, ratio, slope, ESTIMATOR: tl.constexpr):
             return k3, 1.0 - e
 
 
-@triton.jit(do_not_specialize=["n_rollouts"])
-def rollout_sums_kernel(
-    tokens_ptr, weights_ptr, logp_ptr, old_ptr, offsets_ptr, counts_ptr, log_ratio_ptr, n_rollouts,
-    SEQUENCE: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+@triton.jit
+def loss_terms(
+    kept, logp, advantage, log_ratio, importance, reference, replaced, proxy, low, high, dual_clip, delta, tau_positive,
+    tau_negative, kl_coef, beta, KIND: tl.constexpr, ESTIMATOR: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr, HAS_REPLACED: tl.constexpr,
 ):  # fmt: skip
-    """Of each rollout: its tokens, its kept tokens, and the mean of logp - old over its tokens."""
-    rollout = tl.program_id(0).to(tl.int64)
-    start = tl.load(offsets_ptr + rollout)
-    stop = tl.load(offsets_ptr + rollout + 1)
-    tokens = tl.full((), 0, tl.int32)
-    kept = tl.full((), 0, tl.int32)
-    total = tl.zeros((BLOCK,), COMPUTE)
-    for first in range(start, stop, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        token = tl.load(tokens_ptr + at, mask=at < stop, other=0) != 0
-        tokens += tl.sum(token.to(tl.int32), axis=0)
-        kept += tl.sum((_load(weights_ptr, at, token) != 0).to(tl.int32), axis=0)
-        if SEQUENCE:
-            total += _load(logp_ptr, at, token) - _load(old_ptr, at, token)
-    tl.store(counts_ptr + rollout, tokens.to(COMPUTE))
-    tl.store(counts_ptr + n_rollouts.to(tl.int64) + rollout, kept.to(COMPUTE))
-    if SEQUENCE:
-        mean = tl.sum(total, axis=0) / tl.maximum(tokens, 1).to(COMPUTE)
-        tl.store(log_ratio_ptr + rollout, mean)
+    """(loss, dloss/dlog ratio, dloss/dlogp past it, kl, ratio, clipped low, high, dual), before scale and entropy."""
+    ratio = _exp(_minimum(_maximum(log_ratio, -20.0), 20.0))
+    slope = tl.where(tl.abs(log_ratio) <= 20.0, ratio, 0.0)
+    loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(
+        ratio, slope, logp, advantage, low, high, dual_clip, delta, tau_positive, tau_negative, KIND
+    )
+    if HAS_REPLACED:
+        loss, d_ratio, d_logp = _replacement(
+            loss, d_ratio, d_logp, replaced & kept, ratio, slope, logp, advantage, proxy, beta
+        )
+        clip_low = clip_low & ~replaced
+        clip_high = clip_high & ~replaced
+        dual = dual & ~replaced
+    if HAS_IMPORTANCE:
+        loss *= importance
+        d_ratio *= importance
+        d_logp *= importance
+    kl = tl.zeros_like(logp)
+    if HAS_REFERENCE:
+        kl, d_kl = _kl(logp, reference, ratio, slope, ESTIMATOR)
+        # Not 0 * inf: without a coefficient the estimate is a metric only.
+        loss += tl.where(kl_coef != 0, kl_coef * kl, 0.0)
+        d_logp += tl.where(kl_coef != 0, kl_coef * d_kl, 0.0)
+    d_ratio = tl.where(kept, d_ratio, 0.0)
+    d_logp = tl.where(kept, d_logp, 0.0)
+    return loss, d_ratio, d_logp, kl, ratio, kept & clip_low, kept & clip_high, kept & dual
 
 
 @triton.jit
+def _log_ratio(logp, old_ptr, at, token):
+    """log r of each token; 0 without a behaviour policy, which is then the current one."""
+    if old_ptr is None:
+        return tl.zeros_like(logp)
+    else:
+        return logp - _load(old_ptr, at, token).to(logp.dtype)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
 def policy_terms_kernel(
-    logp_ptr, entropy_ptr, tokens_ptr, weights_ptr, advantages_ptr, polarity_ptr, old_ptr, reference_ptr,
-    importance_ptr, proxy_ptr, replaced_ptr, selected_ptr, offsets_ptr, scale_ptr, counts_ptr, log_ratio_ptr,
-    d_logp_ptr, d_entropy_ptr, sums_ptr,
+    logp_ptr, entropy_ptr, tokens_ptr, rollout_ptr, weights_ptr, advantages_ptr, polarity_ptr, old_ptr, reference_ptr,
+    importance_ptr, proxy_ptr, replaced_ptr, selected_ptr, offsets_ptr, counts_ptr, scale_ptr, d_logp_ptr,
+    d_entropy_ptr, sums_ptr, n_rows: tl.int64,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64, delta: tl.float64, tau_positive: tl.float64,
     tau_negative: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Loss terms, coefficients and sums of one rollout. Grid (rollouts,); scale [rollouts] is 1 / normaliser.
+    """Loss terms, coefficients and sums of BLOCK tokens, or with a rollout-wide ratio (SEQUENCE) of one rollout.
 
-    With a rollout-wide ratio the first pass sums the ratio's derivative, which the second deals out over the tokens.
+    Grid (programs,); sums [programs, 15]. A rollout-wide ratio takes three passes: the mean log ratio, the ratio's
+    derivative summed over the tokens, and what is dealt out to each.
     """
-    rollout = tl.program_id(0).to(tl.int64)
-    start = tl.load(offsets_ptr + rollout)
-    stop = tl.load(offsets_ptr + rollout + 1)
-    scale = tl.load(scale_ptr + rollout)
-    length = tl.maximum(tl.load(counts_ptr + rollout), 1.0)
+    program = tl.program_id(0).to(tl.int64)
+    if SEQUENCE:
+        start = tl.load(offsets_ptr + program)
+        stop = tl.load(offsets_ptr + program + 1)
+        length = tl.maximum(tl.load(counts_ptr + program), 1.0)
+    else:
+        start = program * BLOCK
+        stop = tl.minimum(start + BLOCK, n_rows)
     low_ = tl.full((), low, COMPUTE)
     high_ = tl.full((), high, COMPUTE)
     dual_ = tl.full((), dual_clip, COMPUTE)
@@ -167,6 +191,14 @@ def policy_terms_kernel(
     kl_coef_ = tl.full((), kl_coef, COMPUTE)
     entropy_coef_ = tl.full((), entropy_coef, COMPUTE)
 
+    mean_log_ratio = tl.full((), 0.0, COMPUTE)
+    if SEQUENCE:
+        total = tl.zeros((BLOCK,), COMPUTE)
+        for first in range(start, stop, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            token = (tl.load(tokens_ptr + at, mask=at < stop, other=0) != 0) & (at < stop)
+            total += _log_ratio(_load(logp_ptr, at, token).to(COMPUTE), old_ptr, at, token)
+        mean_log_ratio = tl.sum(total, axis=0) / length
     shared = tl.full((), 0.0, COMPUTE)  # dL / d(rollout log ratio), dealt out per token in the last pass
     lanes = tl.arange(0, 16)
     sums = tl.zeros((16,), COMPUTE)
@@ -180,51 +212,31 @@ def policy_terms_kernel(
             kept = token & (weight != 0)
             logp = _load(logp_ptr, at, token).to(COMPUTE)
             advantage = _load(advantages_ptr, at, kept).to(COMPUTE) * weight
-            old = logp if old_ptr is None else _load(old_ptr, at, token).to(COMPUTE)
+            own_log_ratio = _log_ratio(logp, old_ptr, at, token)
+            log_ratio = own_log_ratio
             if SEQUENCE:
-                log_ratio = tl.zeros((BLOCK,), COMPUTE) + tl.load(log_ratio_ptr + rollout)
-            elif old_ptr is None:
-                log_ratio = tl.zeros((BLOCK,), COMPUTE)
-            else:
-                log_ratio = logp - old
-            ratio = _exp(_minimum(_maximum(log_ratio, -20.0), 20.0))
-            slope = tl.where(tl.abs(log_ratio) <= 20.0, ratio, 0.0)
-            loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(
-                ratio, slope, logp, advantage, low_, high_, dual_, delta_, tau_positive_, tau_negative_, KIND
-            )
-            if replaced_ptr is not None:
-                replaced = (tl.load(replaced_ptr + at, mask=inside, other=0) != 0) & kept
-                proxy = _load(proxy_ptr, at, replaced).to(COMPUTE)
-                loss, d_ratio, d_logp = _replacement(
-                    loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage, proxy, beta_
-                )
-                clip_low = clip_low & ~replaced
-                clip_high = clip_high & ~replaced
-                dual = dual & ~replaced
-            if importance_ptr is not None:
-                importance = _load(importance_ptr, at, kept).to(COMPUTE)
-                loss *= importance
-                d_ratio *= importance
-                d_logp *= importance
+                log_ratio = tl.zeros((BLOCK,), COMPUTE) + mean_log_ratio
+            importance = _load(importance_ptr, at, kept).to(COMPUTE)
+            reference = _load(reference_ptr, at, token).to(COMPUTE)
+            replaced = _load_flag(replaced_ptr, at, inside) & kept
+            proxy = _load(proxy_ptr, at, replaced).to(COMPUTE)
+            loss, d_ratio, d_logp, kl, ratio, clip_low, clip_high, dual = loss_terms(
+                kept, logp, advantage, log_ratio, importance, reference, replaced, proxy, low_, high_, dual_, delta_,
+                tau_positive_, tau_negative_, kl_coef_, beta_, KIND, ESTIMATOR, importance_ptr is not None,
+                reference_ptr is not None, replaced_ptr is not None,
+            )  # fmt: skip
             if SEQUENCE and pass_ == 0:
-                shared += tl.sum(tl.where(kept, d_ratio, 0.0), axis=0)
+                shared += tl.sum(d_ratio, axis=0)
             else:
-                kl = tl.zeros((BLOCK,), COMPUTE)
-                if reference_ptr is not None:
-                    reference = _load(reference_ptr, at, token).to(COMPUTE)
-                    kl, d_kl = _kl(logp, reference, ratio, slope, ESTIMATOR)
-                    # Not 0 * inf: without a coefficient the estimate is a metric only.
-                    loss += tl.where(kl_coef_ != 0, kl_coef_ * kl, 0.0)
-                    d_logp += tl.where(kl_coef_ != 0, kl_coef_ * d_kl, 0.0)
-                entropy = _load(entropy_ptr, at, token)
-                d_logp = tl.where(kept, d_logp, 0.0)
+                scale = tl.load(scale_ptr + tl.load(rollout_ptr + at, mask=token, other=0), mask=token, other=0.0)
                 if SEQUENCE:
                     d_logp = tl.where(token, d_logp + shared / length, 0.0)
                 else:
-                    d_logp += tl.where(kept, d_ratio, 0.0)
+                    d_logp += d_ratio
                 d_logp *= scale
                 tl.store(d_logp_ptr + at, d_logp, mask=inside)
                 active = d_logp != 0
+                entropy = _load(entropy_ptr, at, token)
                 if d_entropy_ptr is not None:
                     loss -= entropy_coef_ * entropy
                     d_entropy = tl.where(kept, -entropy_coef_ * scale, 0.0)
@@ -238,11 +250,11 @@ def policy_terms_kernel(
                 sums += tl.where(lanes == 0, tl.sum(loss, axis=0), 0.0)
                 sums += tl.where(lanes == 1, tl.sum(entropy, axis=0), 0.0)
                 sums += tl.where(lanes == 2, tl.sum(tl.where(token, kl, 0.0), axis=0), 0.0)
-                sums += tl.where(lanes == 3, tl.sum(tl.where(token, old - logp, 0.0), axis=0), 0.0)
+                sums += tl.where(lanes == 3, tl.sum(tl.where(token, -own_log_ratio, 0.0), axis=0), 0.0)
                 sums += tl.where(lanes == 4, tl.sum(tl.where(token, ratio, 0.0), axis=0), 0.0)
-                sums += _count(kept & clip_low, lanes == 5)
-                sums += _count(kept & clip_high, lanes == 6)
-                sums += _count(kept & dual, lanes == 7)
+                sums += _count(clip_low, lanes == 5)
+                sums += _count(clip_high, lanes == 6)
+                sums += _count(dual, lanes == 7)
                 sums += _count(selected & positive, lanes == 8)
                 sums += _count(selected & negative, lanes == 9)
                 sums += _count(positive, lanes == 10)
@@ -251,32 +263,76 @@ def policy_terms_kernel(
                 sums += _count(token, lanes == 13)
                 largest = _maximum(largest, tl.max(tl.where(token, ratio, 0.0), axis=0))
     sums = tl.where(lanes == 14, largest, sums)
-    tl.store(sums_ptr + rollout * 15 + lanes, sums, mask=lanes < 15)
+    tl.store(sums_ptr + program * 15 + lanes, sums, mask=lanes < 15)
 
 
-def policy_terms(
-    logp: Tensor, entropy: Tensor, tokens: Tensor, weights: Tensor, advantages: Tensor, polarity: Tensor,
-    old: Tensor | None, reference: Tensor | None, importance: Tensor | None, proxy: Tensor | None,
-    replaced: Tensor | None, selected: Tensor | None, offsets: Tensor, scale: Tensor, form: SurrogateForm,
-    d_logp: Tensor, d_entropy: Tensor,
+@triton.jit
+def _pick(sums, lanes, at: tl.constexpr):
+    return tl.sum(tl.where(lanes == at, sums, 0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["n_parts", "n_rollouts"])
+def policy_metrics_kernel(
+    sums_ptr, counts_ptr, weight_ptr, out_ptr, n_parts: tl.int32, n_rollouts: tl.int32, weight: tl.float64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts [n_parts, 15] in fp64; out is the loss and METRICS. Grid (1,)."""
+    lanes = tl.arange(0, 16)
+    parts = tl.arange(0, BLOCK)
+    total = tl.zeros((16,), tl.float64)
+    largest = tl.zeros((16,), tl.float64)
+    for first in range(0, n_parts, BLOCK):
+        inside = (first + parts < n_parts)[:, None] & (lanes < 15)[None, :]
+        part = tl.load(sums_ptr + (first + parts)[:, None] * 15 + lanes[None, :], mask=inside, other=0.0)
+        total += tl.sum(part.to(tl.float64), axis=0)
+        largest = _maximum(largest, tl.reduce(part.to(tl.float64), 0, _maximum))
+    every = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, n_rollouts, BLOCK):
+        every += tl.load(counts_ptr + first + parts, mask=first + parts < n_rollouts, other=0.0).to(tl.float64)
+    tokens = tl.sum(every, axis=0)
+    per_token = tl.maximum(_pick(total, lanes, 13), 1.0)
+    tl.store(out_ptr, _pick(total, lanes, 0))
+    tl.store(out_ptr + 1, _pick(total, lanes, 1) / per_token)
+    tl.store(out_ptr + 2, _pick(total, lanes, 2) / per_token)
+    tl.store(out_ptr + 3, _pick(total, lanes, 3) / per_token)
+    tl.store(out_ptr + 4, _pick(total, lanes, 4) / per_token)
+    tl.store(out_ptr + 5, _pick(largest, lanes, 14))
+    tl.store(out_ptr + 6, _pick(total, lanes, 5) / per_token)
+    tl.store(out_ptr + 7, _pick(total, lanes, 6) / per_token)
+    tl.store(out_ptr + 8, _pick(total, lanes, 7) / per_token)
+    tl.store(out_ptr + 9, _pick(total, lanes, 8) / tl.maximum(_pick(total, lanes, 10), 1.0))
+    tl.store(out_ptr + 10, _pick(total, lanes, 9) / tl.maximum(_pick(total, lanes, 11), 1.0))
+    tl.store(out_ptr + 11, _pick(total, lanes, 12) / tl.maximum(tokens, 1.0))
+    tl.store(out_ptr + 12, tokens)
+    beta = tl.full((), weight, tl.float64)
+    if weight_ptr is not None:
+        beta = tl.load(weight_ptr).to(tl.float64)
+    tl.store(out_ptr + 13, beta)
+
+
+def loss_and_coefficients(
+    logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, weight: float | Tensor, d_logp: Tensor,
+    d_entropy: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the sums named in SUMS by rollout [S, 15]."""
-    rollouts = offsets.numel() - 1
-    counts = logp.new_empty((2, rollouts))
-    log_ratio = logp.new_empty(rollouts)
-    sums = logp.new_empty((rollouts, len(SUMS)))
-    compute = triton_dtype(logp.dtype)
-    # On-policy the mean log ratio is 0 by definition: logp is its own old value.
-    before = logp if old is None else old
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss and METRICS, [14]."""
+    rows, rollouts = logp.numel(), inputs.offsets.numel() - 1
+    out = logp.new_empty(1 + len(METRICS))
+    programs = rollouts if form.sequence else triton.cdiv(rows, _BLOCK)
+    if form.sequence:
+        d_logp.zero_()  # a row that no rollout holds has no gradient
+        if form.entropy_coef:
+            d_entropy.zero_()
+    sums = logp.new_empty((programs, len(SUMS)))
+    device_weight = weight if isinstance(weight, Tensor) else None
     with device_guard(logp):
-        rollout_sums_kernel[(rollouts,)](
-            tokens, weights, logp, before, offsets, counts, log_ratio, rollouts,
-            SEQUENCE=form.sequence, BLOCK=_BLOCK, COMPUTE=compute,
+        if programs:
+            policy_terms_kernel[(programs,)](
+                logp, entropy, *inputs, d_logp, d_entropy if form.entropy_coef else None, sums, rows, *form.numbers,
+                KIND=form.kind, SEQUENCE=form.sequence, ESTIMATOR=form.kl_estimator, BLOCK=_BLOCK,
+                COMPUTE=triton_dtype(logp.dtype), **VOCABULARY_OPTIONS,
+            )  # fmt: skip
+        policy_metrics_kernel[(1,)](
+            sums, inputs.counts, device_weight, out, programs, rollouts, 1.0 if device_weight is not None else weight,
+            BLOCK=64,
         )  # fmt: skip
-        policy_terms_kernel[(rollouts,)](
-            logp, entropy, tokens, weights, advantages, polarity, old, reference, importance, proxy, replaced,
-            selected, offsets, scale, counts, log_ratio, d_logp, d_entropy if form.entropy_coef else None, sums,
-            *form[3:],
-            KIND=form.kind, SEQUENCE=form.sequence, ESTIMATOR=form.kl_estimator, BLOCK=_BLOCK, COMPUTE=compute,
-        )  # fmt: skip
-    return sums
+    return out

@@ -1,64 +1,9 @@
-"""Token weights from an objective's rules, and group-relative advantages."""
+"""Group-relative advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-from ..objectives import PolarityWeights, TokenRule
-from ..ops.select_tokens import select_flat
-from ..schedules import Value
-
-
-class ShapedTokens(NamedTuple):
-    """weights [N] (0: dropped or no token), selected [N] bool by any TokenRule (None without one), and beta."""
-
-    weights: Tensor
-    selected: Tensor | None
-    beta: Value
-
-
-def shape_tokens(
-    rules: tuple[PolarityWeights | TokenRule, ...],
-    tokens: Tensor,
-    polarity: Tensor,
-    offsets: Tensor,
-    metric: Callable[[TokenRule], Tensor],
-    step: Value,
-    dtype: torch.dtype,
-    backend: str,
-) -> ShapedTokens:
-    """Multiplies the rules' factors in the order listed.
-
-    tokens: bool [N]; polarity: [N], read by its sign; offsets: [S + 1]; metric gives what a rule selects by [N].
-    """
-    weights = tokens.to(dtype)
-    selected, beta = None, None
-    for rule in rules:
-        if isinstance(rule, PolarityWeights):
-            factor = torch.full_like(weights, rule.zero)
-            factor = factor.masked_fill(polarity > 0, rule.positive).masked_fill(polarity < 0, rule.negative)
-            weights = weights * factor
-            continue
-        eligible = weights != 0
-        if rule.polarity is not None:
-            eligible = eligible & (polarity * rule.polarity > 0)
-        chosen = select_flat(
-            metric(rule), eligible, offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,
-            rounding=rule.rounding, backend=backend,
-        )  # fmt: skip
-        scale = rule.selected_scale(step) if callable(rule.selected_scale) else rule.selected_scale
-        if isinstance(scale, Tensor):
-            scale = scale.to(weights.dtype)
-        if rule.rest_scale != 1.0:
-            weights = torch.where(eligible & ~chosen, weights * rule.rest_scale, weights)
-        weights = torch.where(chosen, weights * scale, weights)
-        selected = chosen if selected is None else selected | chosen
-        beta = scale if beta is None else beta
-    return ShapedTokens(weights, selected, 1.0 if beta is None else beta)
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, normalize: str = "std") -> Tensor:

@@ -1,0 +1,20 @@
+"""Multiplies a gradient that was formed in forward by the incoming one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22  # elements widened at a time
+
+
+def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = factor * gradient, factor 0-d; `out` may be the gradient itself, which a factor of 1 leaves untouched."""
+    same = out.data_ptr() == gradient.data_ptr() and out.dtype == gradient.dtype
+    if same and factor.device.type == "cpu" and float(factor) == 1.0:
+        return
+    factor = factor.to(torch.promote_types(torch.float32, gradient.dtype))
+    rows = max(_CHUNK // max(gradient[0].numel(), 1), 1) if gradient.ndim > 1 and gradient.shape[0] else 1
+    parts = zip(gradient.split(rows), out.split(rows), strict=True) if gradient.ndim > 1 else ((gradient, out),)
+    for source, into in parts:
+        torch.mul(source, factor, out=into) if into.dtype == factor.dtype else into.copy_(source * factor)

@@ -1,0 +1,183 @@
+"""The N-sized arguments of a policy loss: one place that checks and reads them, for every call."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.checks import check_floating
+from ..core.layout import TokenLayout
+from ..objectives import Objective, PolarityWeights, TokenRule
+from ..ops.token_logprobs import check_targets
+from ..ops.tokens import read_tokens
+
+
+class TokenArguments(NamedTuple):
+    """What a caller may give of each token or rollout; policy_loss says what each is."""
+
+    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    mask: Tensor | None = None
+    polarity: Tensor | None = None
+    old_entropy: Tensor | None = None
+    min_p_logprobs: Tensor | None = None
+    importance_weights: Tensor | None = None
+    step: Any = 0
+    denominator: Any = None
+    max_length: Any = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """N tokens as flat [N] tensors in the statistics' dtype; 0 or anything where tokens is False.
+
+    targets: int64, ignore_index where no token is (None without logits). offsets: int64 [S + 1] of the rollouts,
+    rollout: int32 [N], counts: [S] tokens of each. weights: the factors of the objective's leading PolarityWeights.
+    divisor, max_length: what the aggregation divides by, where the caller says.
+    """
+
+    layout: TokenLayout
+    offsets: Tensor
+    targets: Tensor | None
+    tokens: Tensor
+    rollout: Tensor
+    counts: Tensor
+    weights: Tensor
+    advantages: Tensor
+    polarity: Tensor
+    old: Tensor | None
+    old_entropy: Tensor | None
+    reference: Tensor | None
+    importance: Tensor | None
+    proxy: Tensor | None
+    step: Any
+    denominator: Tensor | float | None
+    max_length: float
+
+    @classmethod
+    def read(
+        cls, layout: TokenLayout, objective: Objective, given: TokenArguments, dtype: torch.dtype, backend: str, *,
+        targets: Tensor | None = None, vocabulary: int = 0, ignore_index: int = -100, validate: bool = False,
+    ) -> TokenBatch:  # fmt: skip
+        """Checks everything before anything is launched, then reads it in one launch.
+
+        Raises:
+            ValueError, TypeError: an argument of the wrong shape, dtype, device or range, or one that the objective
+                needs and did not get.
+            IndexError: a target outside the vocabulary, where values may be read.
+        """
+        length = _check(layout, objective, given)
+        if targets is not None:
+            masked = targets
+            if given.mask is not None and (targets.device.type == "cpu" or validate):
+                masked = torch.where(given.mask != 0, targets, ignore_index)
+            check_targets(masked, vocabulary, ignore_index, validate)
+        spread = (given.advantages, given.polarity, given.importance_weights)
+        per_rollout = [x is not None and tuple(x.shape) == (layout.rollouts,) for x in spread]
+        read = read_tokens(
+            targets, given.mask, layout.offsets, layout.count, dtype, *spread, per_rollout, _leading(objective),
+            ignore_index, backend,
+        )  # fmt: skip
+        return cls(
+            layout, layout.offsets, read.targets, read.tokens, read.rollout, read.counts, read.weights, read.advantages,
+            read.polarity, layout.flat(given.old_logprobs, dtype), layout.flat(given.old_entropy, dtype),
+            layout.flat(given.ref_logprobs, dtype), read.importance, layout.flat(given.min_p_logprobs, dtype),
+            given.step, given.denominator, length,
+        )  # fmt: skip
+
+    def at(self, rows: slice | Tensor, offsets: Tensor, rollouts: slice | None = None) -> TokenBatch:
+        """Some rows, in the rollouts that `offsets` cut them into; rollouts: which of them these are (None: all)."""
+        per_token = (
+            "targets", "tokens", "rollout", "weights", "advantages", "polarity", "old", "old_entropy", "reference",
+            "importance", "proxy",
+        )  # fmt: skip
+        given: dict[str, Any] = {name: getattr(self, name) for name in per_token}
+        given = {name: None if values is None else values[rows] for name, values in given.items()}
+        return replace(self, offsets=offsets, **given)
+
+
+def leading_weights(objective: Objective) -> int:
+    """How many of the shaping rules are PolarityWeights before any TokenRule."""
+    kinds = [isinstance(rule, PolarityWeights) for rule in objective.shaping]
+    return kinds.index(False) if False in kinds else len(kinds)
+
+
+def _leading(objective: Objective) -> tuple[float, float, float]:
+    positive = negative = neutral = 1.0
+    for rule in objective.shaping[: leading_weights(objective)]:
+        assert isinstance(rule, PolarityWeights)
+        positive, negative, neutral = positive * rule.positive, negative * rule.negative, neutral * rule.zero
+    return positive, negative, neutral
+
+
+def check_objective(objective: object) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
+
+
+def reads_old_entropy(objective: Objective) -> bool:
+    """Whether a rule selects by the behaviour policy's entropy."""
+    rules = (rule for rule in objective.shaping if isinstance(rule, TokenRule))
+    return any(rule.metric == "entropy" and rule.source == "old" for rule in rules)
+
+
+def _check_scalar(name: str, value: object, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless value is a number or a 0-d tensor on the device."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            raise ValueError(f"{name} must be a number or a 0-d tensor; got shape {list(value.shape)}")
+        if value.device != device and value.device.type != "cpu":
+            raise ValueError(f"{name} must be on {device}; got {value.device}")
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
+
+
+def _max_length(objective: Objective, layout: TokenLayout, max_length: Any, denominator: object) -> float:
+    """The length that seq-mean-token-sum-norm divides by."""
+    if max_length is not None:
+        _check_scalar("max_length", max_length, layout.offsets.device)
+        if not isinstance(max_length, numbers.Real) or not 0 < float(max_length) < math.inf:
+            raise ValueError(f"max_length must be a positive number; got {max_length}")
+        return float(max_length)
+    if objective.aggregation != "seq-mean-token-sum-norm" or denominator is not None:
+        return 0.0
+    if not layout.padded:
+        raise ValueError("aggregation 'seq-mean-token-sum-norm' needs max_length or denominator for packed rollouts")
+    return float(layout.shape[1])
+
+
+def _check(layout: TokenLayout, objective: Objective, given: TokenArguments) -> float:
+    """Everything that can be wrong with the arguments; gives the length of seq-mean-token-sum-norm."""
+    device = layout.offsets.device
+    for name in ("advantages", "polarity", "importance_weights"):
+        values = getattr(given, name)
+        if values is None and name != "advantages":
+            continue
+        layout.check_per_rollout(name, values)
+        if name != "polarity":
+            check_floating(name, values)
+    for name in ("old_logprobs", "ref_logprobs", "old_entropy", "min_p_logprobs"):
+        if (values := getattr(given, name)) is not None:
+            layout.check_per_token(name, values)
+    layout.check_mask(given.mask)
+    _check_scalar("step", given.step, device)
+    denominator = given.denominator
+    if denominator is not None:
+        _check_scalar("denominator", denominator, device)
+        if not isinstance(denominator, Tensor) and not 0 <= denominator < math.inf:
+            raise ValueError(f"denominator must be finite and at least 0; got {denominator}")
+    length = _max_length(objective, layout, given.max_length, denominator)
+    if objective.kl_coef and given.ref_logprobs is None:
+        raise ValueError(f"kl_coef = {objective.kl_coef} needs ref_logprobs; got None")
+    on_policy = given.old_logprobs is None
+    if objective.low_probability is not None and given.min_p_logprobs is None and not on_policy:
+        raise ValueError("Lp-Reg needs min_p_logprobs of the old policy when old_logprobs are given; got None")
+    if reads_old_entropy(objective) and given.old_entropy is None and not on_policy:
+        raise ValueError("a rule on the old policy's entropy needs old_entropy when old_logprobs are given; got None")
+    return length

@@ -1,0 +1,173 @@
+"""Which rows of a batch go through the linear head's products: those that may have a gradient, known on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.checks import check_tensor
+from ..core.layout import TokenLayout, token_layout
+from ..core.segments import segment_sum
+from ..objectives import Objective, PolarityWeights, TokenRule
+
+UNITS = ("token", "rollout", "batch")
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The rows of a batch that may have a gradient, and how many: made ahead, so that the loss need not wait for it.
+
+    rows: int64 [K] in order (None: all N); rest: the other rows with a token (None: none); planned: bool [N], True at
+    `rows`; boundaries: where each rollout begins among the rows, [S + 1] numbers on the host; count: N; objective: what
+    it was made for; unit: what is never cut, a "token", a "rollout" or the "batch". exact: every row is a token.
+    """
+
+    rows: Tensor | None
+    rest: Tensor | None
+    planned: Tensor
+    boundaries: tuple[int, ...]
+    count: int
+    objective: Objective | None
+    unit: str
+    exact: bool
+
+    @property
+    def row_count(self) -> int:
+        return self.count if self.rows is None else self.rows.numel()
+
+    def to(self, device: torch.device | str) -> RowPlan:
+        """The plan on another device; a copy from pinned or pageable memory waits for nothing on the GPU."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        planned = self.planned.to(device, non_blocking=True)
+        return replace(self, rows=move(self.rows), rest=move(self.rest), planned=planned)
+
+
+def dependence(objective: Objective, current: list[TokenRule]) -> str:
+    """Whose statistics the gradient of a token depends on: the "token"'s own, its "rollout"'s or the "batch"'s.
+
+    current: the rules that select by the current policy.
+    """
+    if any(rule.scope != "rollout" for rule in current) or (current and objective.normalize_over == "selected"):
+        return "batch"
+    return "rollout" if current or objective.ratio_level == "sequence" else "token"
+
+
+def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
+    """The tokens that share a unit with a flagged one."""
+    if unit == "token" or not flags.numel():
+        return flags
+    if unit == "batch" or offsets.numel() < 2:
+        return tokens
+    some = segment_sum(flags.float(), offsets) > 0
+    rows = torch.arange(flags.numel(), device=flags.device)
+    rollout = (torch.searchsorted(offsets, rows, right=True) - 1).clamp(0, some.numel() - 1)
+    return tokens & some[rollout]
+
+
+def may_move(objective: Objective, tokens: Tensor, advantages: Tensor, weights: Tensor | None) -> Tensor:
+    """Bool [N]: the tokens whose own terms may have a gradient, from what is known before any logit is."""
+    possible = tokens if weights is None else tokens & (weights != 0)
+    if objective.kl_coef == 0 and objective.entropy_coef == 0:
+        possible = possible & (advantages != 0)
+    return possible
+
+
+def find_rows(
+    first: Tensor, second: Tensor | None, offsets: Tensor, objective: Objective | None, unit: str, exact: bool
+) -> RowPlan:
+    """The plan of the rows `first` [N] and the others `second`; on a GPU it waits for their numbers, once."""
+    device, count = first.device, first.numel()
+    running = torch.cat([offsets.new_zeros(1), first.cumsum(0)])
+    others = offsets.new_zeros(1) if second is None else second.sum().view(1)
+    mine, rest, *boundaries = torch.cat([running[-1:], others, running[offsets]]).tolist()
+    rows = None
+    if mine < count:
+        order = torch.sort((~first).to(torch.int8), stable=True).indices
+        rows = order[:mine]
+    left = None
+    if second is not None and rest:
+        left = torch.sort((~second).to(torch.int8), stable=True).indices[:rest]
+    planned = first if rows is not None else torch.ones(count, dtype=torch.bool, device=device)
+    return RowPlan(rows, left, planned, tuple(boundaries), count, objective, unit, exact)
+
+
+def _per_token(layout: TokenLayout, values: Tensor) -> Tensor:
+    if tuple(values.shape) != (layout.rollouts,):
+        return values.reshape(-1)
+    rows = torch.arange(layout.count, device=values.device)
+    return values[(torch.searchsorted(layout.offsets, rows, right=True) - 1).clamp(0, max(layout.rollouts - 1, 0))]
+
+
+def plan_rows(
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    objective: Objective,
+    cu_seqlens: Tensor | None = None,
+    polarity: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> RowPlan:
+    """The rows of a batch that may have a gradient, for linear_policy_loss(..., plan=).
+
+    They are known as soon as the rollouts are scored: no masked row has a gradient, and without a KL or entropy term
+    none of a rollout whose advantage, or whose PolarityWeights, is 0. Made from tensors on the CPU it waits for
+    nothing; from tensors on a GPU it waits once. With it the loss itself waits for nothing.
+
+    Args:
+        mask: per token, [B, T], or [N] with cu_seqlens; bool or 0/1.
+        advantages, polarity, cu_seqlens: as the loss gets them.
+        objective: as the loss gets it.
+        device: where the loss will run; the mask's by default.
+
+    Returns:
+        A RowPlan. The loss is NaN where a row outside it turns out to have a gradient (on the CPU, and under
+        `validate`, it is a ValueError): a plan of another batch is never silently wrong.
+
+    Raises:
+        ValueError, TypeError: as linear_policy_loss does for these arguments.
+    """
+    check_tensor("mask", mask)
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
+    layout = token_layout("mask", mask, cu_seqlens, validate=False)
+    layout.check_per_rollout("advantages", advantages)
+    if polarity is not None:
+        layout.check_per_rollout("polarity", polarity)
+    tokens = layout.flat_mask(mask)
+    assert tokens is not None
+    if cu_seqlens is not None:
+        rows = torch.arange(layout.count, device=tokens.device)
+        tokens = tokens & (rows >= layout.offsets[0]) & (rows < layout.offsets[-1])
+    values = _per_token(layout, advantages.detach())
+    sign = values if polarity is None else _per_token(layout, polarity.detach())
+    possible = may_move(objective, tokens, values, None)
+    for rule in objective.shaping:
+        if isinstance(rule, PolarityWeights):
+            for factor, where in ((rule.positive, sign > 0), (rule.negative, sign < 0), (rule.zero, sign == 0)):
+                possible = possible & ~where if factor == 0 else possible
+    rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule)]
+    # As if no old log-probs were given: the rules then read the current policy, and need the most rows together.
+    unit = "batch" if objective.low_probability is not None else dependence(objective, rules)
+    mine = spread(possible, tokens, layout.offsets, unit)
+    plan = find_rows(mine, tokens & ~mine, layout.offsets, objective, unit, False)
+    return plan if device is None else plan.to(device)
+
+
+def check_plan(plan: Any, count: int, device: torch.device, objective: Objective, unit: str) -> None:
+    """Raises TypeError or ValueError for a plan of something else."""
+    if not isinstance(plan, RowPlan):
+        raise TypeError(f"plan must be a RowPlan, from plan_rows; got {type(plan).__name__}")
+    if plan.count != count:
+        raise ValueError(f"plan must be of {count} rows; got one of {plan.count}")
+    if plan.planned.device != device:
+        raise ValueError(f"plan must be on {device}; got {plan.planned.device}: plan_rows(..., device=)")
+    if plan.objective != objective:
+        raise ValueError("plan was made for another objective")
+    if UNITS.index(plan.unit) < UNITS.index(unit):
+        raise ValueError(f"plan keeps each {plan.unit} together, and the objective needs the {unit}")

@@ -1,0 +1,101 @@
+"""Statistics and gradient of logits together, where a token's coefficient needs that token alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..core.forms import PolicyInputs, SurrogateForm
+from ..core.transform import Transform
+from .token_logprobs import empty_results
+
+
+def prefers_one_launch(logits: Tensor, backend: str) -> bool:
+    """Whether one launch was measured to be faster than two stages for logits [batch, rows, V]."""
+    return choose(backend, logits.device).prefers_one_launch(logits)
+
+
+def write_statistics_and_gradient(
+    out: Tensor, logits: Tensor, targets: Tensor, transform: Transform, results: tuple[Tensor, ...],
+    inputs: PolicyInputs, form: SurrogateForm, backend: str,
+) -> None:  # fmt: skip
+    """Fills `results`, (logp, entropy, shift, log2_sum) [N], of logits [batch, rows, V], and `out` with dL/dz.
+
+    `out` may be the logits themselves. A row without a gradient becomes 0. See backends.triton.one_launch.
+    """
+    if targets.numel():
+        choose(backend, logits.device).write_statistics_and_gradient(
+            out, logits, targets, transform, results, inputs, form
+        )
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor, backend: str, out: Tensor | None = None) -> Tensor:
+    """factor * gradient in out's dtype, rounded once; in place, where a factor of 1 costs nothing, if out is None."""
+    out = gradient if out is None else out
+    choose(backend, gradient.device).scale(gradient, factor.detach(), out)
+    return out
+
+
+class _Final(torch.autograd.Function):
+    """Passes a gradient on that has no derivative: a double backward through it raises, it does not give zeros."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Any:
+        raise RuntimeError("a double backward is not implemented: this gradient was formed without its graph")
+
+
+def final(gradient: Tensor) -> Tensor:
+    """A gradient as backward should return it; under create_graph=True its own backward raises."""
+    if not torch.is_grad_enabled():
+        return gradient
+    return _Final.apply(torch.zeros((), device=gradient.device, requires_grad=True), gradient)
+
+
+class _FormedInForward(torch.autograd.Function):
+    """A loss whose gradient was formed beside it; backward scales that in place by the incoming one."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, loss: Tensor, gradient: Tensor, shape: tuple[int, ...], backend: str) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.shape, ctx.backend, ctx.spent = shape, backend, False
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> Any:
+        if ctx.spent:
+            raise RuntimeError(
+                "the one-launch route scales the gradient that it formed in forward in place, so backward runs once; "
+                "route='two-stage' allows a second backward"
+            )
+        ctx.spent = True
+        (gradient,) = ctx.saved_tensors
+        with torch.no_grad():
+            gradient = scale_gradient(gradient, grad_loss, ctx.backend).view(ctx.shape)
+        return final(gradient), None, None, None, None
+
+
+def attach(logits: Tensor, loss: Tensor, gradient: Tensor, backend: str) -> Tensor:
+    """The loss [], differentiable in the logits, by their gradient that is known already."""
+    return _FormedInForward.apply(logits, loss, gradient, tuple(logits.shape), backend)
+
+
+def one_launch(
+    rows: Tensor, targets: Tensor, transform: Transform, inputs: PolicyInputs, form: SurrogateForm, inplace: bool,
+    backend: str,
+) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
+    """((logp, entropy, shift, log2_sum) [N], dL/dz) of logits [batch, rows, V]; with `inplace` over the logits."""
+    rows = rows.detach()
+    results = empty_results(rows, targets.numel())
+    out = rows if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    write_statistics_and_gradient(out, rows, targets, transform, results, inputs, form, backend)
+    if inplace:
+        # What else saved the logits for its backward is told that they are gone.
+        torch.autograd.graph.increment_version(rows)
+    return results, out
