@@ -4,6 +4,7 @@ from .losses.advantages import group_advantages
 from .losses.linear import LinearPolicyLoss, linear_policy_loss
 from .losses.logits import PolicyLoss, policy_loss
 from .losses.logprobs import logprob_policy_loss
+from .losses.rows import RowPlan, plan_rows
 from .losses.stages import PolicyLossOutput
 from .objectives import (
     Cispo,
@@ -51,6 +52,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyLossOutput",
     "Reinforce",
+    "RowPlan",
     "Sapo",
     "TokenRule",
     "TokenStats",
@@ -70,6 +72,7 @@ __all__ = [
     "lp_reg",
     "min_p_token_logprobs",
     "nsr",
+    "plan_rows",
     "policy_loss",
     "psr",
     "sapo",

@@ -161,6 +161,38 @@ def test_the_largest_that_fits():
     assert bench_memory.largest(lambda rows: 5.0, 10.0, 120, 600, 3)[0] == 600
 
 
+def test_the_hot_loop():
+    """Of three loops the innermost that loads; of its if, the side that is fallen into; up to the first way back."""
+    text = """
+        outer: MOV
+        zeros: STG
+               BRA? zeros
+        hot:   LDG.E.128
+               BRA? else
+               FFMA
+               BRA join
+        else:  LDG.E.U16
+               LDG.E.U16
+        join:  STG
+               BRA? hot
+               BRA? hot
+               BRA? outer
+               EXIT
+    """
+    code, labels = [], {}
+    for line in text.strip().splitlines():
+        label, _, rest = line.strip().rpartition(":")
+        if label:
+            labels[label] = len(code)
+        name, _, operand = rest.strip().partition(" ")
+        code.append((name.rstrip("?"), (machine_code.CONDITIONAL if name.endswith("?") else "") + operand))
+    found = machine_code.hot_loop(code, labels, lambda name: name == "BRA", machine_code.nvidia_load)
+    assert found == ["LDG.E.128", "BRA", "FFMA", "BRA", "STG", "BRA"]
+    quiet = [(name.replace("LDG", "LDS"), rest) for name, rest in code]
+    assert len(machine_code.hot_loop(quiet, labels, lambda name: name == "BRA", machine_code.nvidia_load)) == 6
+    assert machine_code.hot_loop(code[:2], {}, lambda name: name == "BRA", machine_code.nvidia_load) == []
+
+
 @pytest.mark.parametrize(
     "problem", [Problem("logits", 40, 300), Problem("linear", 40, 300, 16, active_fraction=0.2)], ids=str
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.checks import check_floating
 from ..core.layout import TokenLayout
 from ..objectives import Objective, PolarityWeights, TokenRule
-from ..ops.token_logprobs import check_targets
+from ..ops.token_logprobs import check_targets, reads_values
 from ..ops.tokens import read_tokens
 
 
@@ -73,10 +73,8 @@ class TokenBatch:
             IndexError: a target outside the vocabulary, where values may be read.
         """
         length = _check(layout, objective, given)
-        if targets is not None:
-            masked = targets
-            if given.mask is not None and (targets.device.type == "cpu" or validate):
-                masked = torch.where(given.mask != 0, targets, ignore_index)
+        if targets is not None and reads_values(targets, validate):
+            masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
         spread = (given.advantages, given.polarity, given.importance_weights)
         per_rollout = [x is not None and tuple(x.shape) == (layout.rollouts,) for x in spread]

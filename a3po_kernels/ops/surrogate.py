@@ -19,7 +19,7 @@ def _policy_terms(
     beta_tensor: Tensor | None, beta: float, kind: str, sequence: bool, kl_estimator: str, numbers: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, METRICS [13]) of flat [N] tensors."""
+    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, loss and METRICS [14]) of flat [N] tensors."""
     form = SurrogateForm(kind, sequence, kl_estimator, *numbers)
     inputs = PolicyInputs(
         tokens, rollout, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected, offsets,
@@ -32,25 +32,28 @@ def _policy_terms(
     out = choose(backend, logp.device).loss_and_coefficients(
         logp, entropy, inputs, form, weight, d_logp, d_entropy
     )
-    # An operator's outputs share no memory: the loss is copied away from its metrics.
-    return out[0].clone(), d_logp, d_entropy, out[1:]
+    # An operator's outputs share no memory: the loss is copied away from what stands with it.
+    return out[0].clone(), d_logp, d_entropy, out
 
 
 @_policy_terms.register_fake
 def _(logp, *arguments):
     numbers = arguments[-2]
     count = logp.shape[0] if SurrogateForm("", False, "", *numbers).entropy_coef else 0
-    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(count), logp.new_empty(len(METRICS))
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(count), logp.new_empty(1 + len(METRICS))
 
 
 def _setup_context(ctx, inputs, output):
     _, d_logp, d_entropy, metrics = output
     ctx.save_for_backward(d_logp, d_entropy)
     ctx.mark_non_differentiable(d_logp, d_entropy, metrics)
+    ctx.set_materialize_grads(False)
     ctx.arguments = len(inputs)
 
 
 def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * ctx.arguments
     d_logp, d_entropy = ctx.saved_tensors
     grad_entropy = grad_loss * d_entropy if d_entropy.numel() else None
     return grad_loss * d_logp, grad_entropy, *([None] * (ctx.arguments - 2))
@@ -73,7 +76,8 @@ def policy_terms(
 ) -> PolicyTerms:
     """The loss of flat [N] log-probs and entropies, and its coefficients. beta: the metric `weight`."""
     tensor = beta if isinstance(beta, Tensor) else None
-    return PolicyTerms(*_policy_terms(
+    loss, d_logp, d_entropy, out = _policy_terms(
         logp, entropy, *inputs, tensor, 1.0 if tensor is not None else float(beta), form.kind, form.sequence,
         form.kl_estimator, [float(x) for x in form.numbers], backend,
-    ))  # fmt: skip
+    )  # fmt: skip
+    return PolicyTerms(loss, d_logp, d_entropy, out[1:])

@@ -193,9 +193,14 @@ def token_statistics(
     return TokenStats(logp, entropy)
 
 
+def reads_values(tensor: Tensor, validate: bool) -> bool:
+    """Whether values may be looked at, which on a GPU waits for the device."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or validate)
+
+
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int, validate: bool) -> None:
     """Raises IndexError for a target outside the vocabulary, where reading values is allowed."""
-    if torch.compiler.is_compiling() or (targets.device.type != "cpu" and not validate):
+    if not reads_values(targets, validate):
         return
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if bool(bad.any()):

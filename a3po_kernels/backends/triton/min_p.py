@@ -39,14 +39,14 @@ def min_p_kernel(
 
     largest = tl.full((LANES,), float("-inf"), COMPUTE)
     for first in range(0, n_columns, tile):
-        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE)
+        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE, "")
         largest = tl.maximum(largest, lane_max(u))
     largest_u = tl.max(largest, axis=0)
 
     total = tl.zeros((LANES,), COMPUTE)
     target_t = tl.zeros((LANES,), COMPUTE)
     for first in range(0, n_columns, tile):
-        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE)
+        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE, "")
         columns = tile_columns(first, LANES, logits_ptr.dtype.element_ty)
         t = (u - largest_u) * k  # exactly 0 at the maximum, which min_p = 1 keeps
         # "not below" rather than "at least": a NaN is kept, and makes the row NaN.

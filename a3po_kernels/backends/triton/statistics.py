@@ -99,7 +99,7 @@ def merge_lanes(m, total, dot, LANES: tl.constexpr):
 def row_statistics(
     base, n_columns, column_stride, k, scale, cap,
     LOADS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    COMPUTE: tl.constexpr, KEEP: tl.constexpr = "",
+    COMPUTE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """(shift, sum, dot) of a whole row by one program."""
     m = tl.full((LANES,), LOWEST, COMPUTE)
@@ -198,7 +198,7 @@ def row_statistics_kernel(
     cap = tl.full((), softcap, COMPUTE)
     base = row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride)
     shift, total, dot = row_statistics(
-        base, n_columns, column_stride, k, scale, cap, LOADS, HAS_SOFTCAP, SPAN, LANES, UNROLL, COMPUTE
+        base, n_columns, column_stride, k, scale, cap, LOADS, HAS_SOFTCAP, SPAN, LANES, UNROLL, COMPUTE, ""
     )
     _finish(
         base, target, state_ptr, shift, total, dot, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, row, n_columns,

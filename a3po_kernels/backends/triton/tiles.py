@@ -132,7 +132,7 @@ def _load_strided(base, first, stop, stride, offset, LANES: tl.constexpr):
 def load_tile(
     base, first, stop, column_stride, logit_scale, softcap,
     MASKED: tl.constexpr, LOADS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr,
-    KEEP: tl.constexpr = "",
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Capped logits u of a tile in the compute dtype; a column from `stop` on is -inf, so that it weighs nothing.
 

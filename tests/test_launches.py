@@ -1,0 +1,83 @@
+"""A step is launches: how many the default path takes, so that the number cannot creep up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import INTERPRETED
+
+import a3po_kernels
+from a3po_kernels.losses import batch
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETED, reason="counts launches in Triton's interpreter"),
+]
+ROLLOUTS, LENGTH, VOCABULARY, WIDTH = 3, 5, 64, 8
+
+
+def arguments():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, VOCABULARY, (ROLLOUTS, LENGTH), generator=generator)
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    mask = torch.ones(ROLLOUTS, LENGTH, dtype=torch.bool)
+    old = torch.full((ROLLOUTS, LENGTH), -4.0)
+    return targets, advantages, {"old_logprobs": old, "mask": mask}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Values are checked on a CPU alone."""
+    monkeypatch.setattr(batch, "reads_values", lambda *_: False)
+
+
+def on_logits(name: str, **options):
+    from launches import describe, launches
+
+    targets, advantages, keywords = arguments()
+    logits = torch.randn(ROLLOUTS, LENGTH, VOCABULARY, requires_grad=True)
+    objective = getattr(a3po_kernels, name)()
+
+    def step():
+        a3po_kernels.policy_loss(
+            logits, targets, advantages, objective=objective, backend="triton", **keywords, **options
+        ).loss.backward()
+
+    step()  # gradients are there already, as in a training loop that keeps them
+    logits.grad = None
+    counted = launches(step)
+    return counted.total(), describe(counted)
+
+
+# What an issue asked for is 20 for DAPO and 26 for A3PO; what there is, is held.
+@pytest.mark.parametrize(
+    "name, route, most",
+    [("dapo", "one-launch", 11), ("a3po", "one-launch", 12), ("dapo", "two-stage", 12), ("a3po", "two-stage", 13)],
+)
+def test_policy_loss(name, route, most):
+    total, which = on_logits(name, route=route)
+    assert total <= most, which
+    assert total >= 6, f"the counter sees too little: {which}"
+
+
+@pytest.mark.parametrize("name, most", [("dapo", 40), ("a3po", 41)])
+def test_linear_policy_loss(name, most):
+    """One chunk of every row: three products, and what stands around them."""
+    from launches import describe, launches
+
+    targets, advantages, keywords = arguments()
+    hidden = torch.randn(ROLLOUTS, LENGTH, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    objective = getattr(a3po_kernels, name)()
+    advantages = advantages + 0.5
+    plan = a3po_kernels.plan_rows(keywords["mask"], advantages, objective=objective)
+
+    def step():
+        a3po_kernels.linear_policy_loss(
+            hidden, weight, targets, advantages, objective=objective, backend="triton", plan=plan, **keywords
+        ).loss.backward()
+
+    step()
+    hidden.grad = weight.grad = None
+    counted = launches(step)
+    assert counted.total() <= most, describe(counted)
