@@ -66,20 +66,21 @@ def test_double_backward_raises(backend, device):
             gradient.square().sum().backward()
 
 
-def test_inplace_backward(backend, device):
+@pytest.mark.parametrize("route", ["one-launch", "two-stage"])
+def test_inplace_backward(route, backend, device):
     """The same bits, written over the logits; a consumer that still needs the logits is told."""
     leaf, targets, advantages, old = small(device, torch.float32)
-    expected = torch.autograd.grad(loss_of(leaf, targets, advantages, old, backend), leaf)[0]
+    expected = torch.autograd.grad(loss_of(leaf, targets, advantages, old, backend, route=route), leaf)[0]
     logits = leaf * 1.0
     address = logits.data_ptr()
     output = a3po_kernels.policy_loss(
         logits, targets, advantages, objective=a3po_kernels.a3po(entropy_coef=0.05), old_logprobs=old, step=3,
-        backend=backend, inplace_backward=True,
+        backend=backend, inplace_backward=True, route=route,
     )  # fmt: skip
     seen = []
     logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
     (gradient,) = torch.autograd.grad(output.loss, leaf)
-    assert torch.equal(gradient, expected) and output.route == "one-launch"
+    assert torch.equal(gradient, expected) and output.route == route
     assert seen == [address], "the gradient lies where the logits lay"
 
     logits = leaf * 1.0
@@ -279,6 +280,7 @@ def test_nothing_recompiles():
             ).loss.backward()  # fmt: skip
 
     go(2, 7)
+    go(2, 7, denominator=3.0)
     before = compiled()
     go(1, 1)
     go(16, 32, step=17, temperature=0.7)

@@ -87,6 +87,8 @@ def token_layout(
     check_tensor("cu_seqlens", cu_seqlens, dtypes=INDEX_DTYPES, device=device)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape [S + 1]; got {list(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and shape and shape[0]:
+        raise ValueError(f"cu_seqlens of no rollout must have N = 0; got N = {shape[0]}")
     if len(shape) != 1:
         raise ValueError(f"{name} must have shape [N] when cu_seqlens are given; got {list(shape)}")
     offsets = cu_seqlens.long().contiguous()

@@ -86,11 +86,11 @@ class TokenBatch:
             layout, layout.offsets, read.targets, read.tokens, read.rollout, read.counts, read.weights, read.advantages,
             read.polarity, layout.flat(given.old_logprobs, dtype), layout.flat(given.old_entropy, dtype),
             layout.flat(given.ref_logprobs, dtype), read.importance, layout.flat(given.min_p_logprobs, dtype),
-            given.step, given.denominator, length,
+            _number(given.step, layout), _number(given.denominator, layout), length,
         )  # fmt: skip
 
-    def at(self, rows: slice | Tensor, offsets: Tensor, rollouts: slice | None = None) -> TokenBatch:
-        """Some rows, in the rollouts that `offsets` cut them into; rollouts: which of them these are (None: all)."""
+    def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:
+        """Some rows, in the rollouts that `offsets` cut them into."""
         per_token = (
             "targets", "tokens", "rollout", "weights", "advantages", "polarity", "old", "old_entropy", "reference",
             "importance", "proxy",
@@ -98,6 +98,12 @@ class TokenBatch:
         given: dict[str, Any] = {name: getattr(self, name) for name in per_token}
         given = {name: None if values is None else values[rows] for name, values in given.items()}
         return replace(self, offsets=offsets, **given)
+
+
+def _number(value: Any, layout: TokenLayout) -> Any:
+    """A 0-d tensor on the CPU as the number it is where the batch is elsewhere: reading it waits for nothing."""
+    elsewhere = isinstance(value, Tensor) and value.device.type == "cpu" and layout.offsets.device.type != "cpu"
+    return value.item() if elsewhere else value
 
 
 def leading_weights(objective: Objective) -> int:

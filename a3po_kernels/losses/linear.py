@@ -23,6 +23,7 @@ from ..ops.linear_token_logprobs import (
     read_compaction,
     read_head,
 )
+from ..ops.token_logprobs import reads_values
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
@@ -133,7 +134,9 @@ def linear_policy_loss(
         check_plan(plan, layout.count, hidden.device, objective, unit)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.parameters)
     shaped = None if current else shape(objective, batch, None, backend)
-    possible = may_move(objective, tokens, batch.advantages, None if shaped is None else shaped.weights)
+    possible = may_move(objective, tokens, batch.advantages, batch.polarity)
+    if shaped is not None:
+        possible = possible & (shaped.weights != 0)
     mine = spread(possible, tokens, batch.offsets, unit)
     computed = tokens if statistics == "all" else mine
     left_out: Tensor | None = None
@@ -144,7 +147,7 @@ def linear_policy_loss(
         elif chosen == EVERY:
             plan = _every_row(batch, unit, objective)
     elif plan is not None:
-        left_out = _left_out(plan, mine, validate)
+        left_out = _left_out(plan, mine, computed, validate)
         if statistics == "active":
             plan = replace(plan, rest=None)
             computed = mine & plan.planned
@@ -157,7 +160,9 @@ def linear_policy_loss(
         batch = replace(batch, proxy=proxy)
     if statistics == "active":
         flat_targets = torch.where(computed, flat_targets, ignore_index)
-        batch = replace(batch, targets=flat_targets)
+        # What is not computed leaves the objective, as a token that shaping drops.
+        batch = replace(batch, targets=flat_targets, weights=batch.weights * computed)
+        shaped = None if shaped is None else shaped._replace(weights=shaped.weights * computed)
 
     def scale_of(weights: Tensor) -> Tensor:
         scale = loss_scale(objective, batch, weights, backend)
@@ -165,7 +170,7 @@ def linear_policy_loss(
         return scale if left_out is None else scale.masked_fill(left_out, torch.nan)
 
     tiles = None
-    if any(wanted) and route != "recompute" and plan is not None:
+    if any(wanted) and route != "recompute" and plan is not None and not compiling:
         tiles = plan_chunks(head, plan, unit, max_bytes)
         if tiles is None and route == "one-pass":
             raise ValueError(
@@ -178,7 +183,7 @@ def linear_policy_loss(
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             found = one_pass(
                 head, objective, replace(batch, tokens=computed), transform, plan, tiles, unit, shaped, scale, wanted,
-                max_bytes, backend,
+                max_bytes, main_grad is not None, backend,
             )  # fmt: skip
         loss = attach(found, plan.rows, main_grad, head, backend)
         return policy_output(batch, loss, found.stats, found.weights, found.metrics, "one-pass")
@@ -204,14 +209,15 @@ def _every_row(batch: TokenBatch, unit: str, objective: Objective) -> RowPlan:
         boundaries = tuple(batch.offsets.tolist())
     else:
         boundaries = (0, count)  # where they end is on the device: they stay together
-    return RowPlan(None, None, torch.ones_like(batch.tokens), boundaries, count, objective, unit, False)
+    every = torch.ones_like(batch.tokens)
+    return RowPlan(None, None, every, every, boundaries, count, objective, unit, False)
 
 
-def _left_out(plan: RowPlan, mine: Tensor, validate: bool) -> Tensor:
-    """0-d bool: whether a row may have a gradient that the plan leaves out; a ValueError where values may be read."""
-    left_out = (mine & ~plan.planned).any()
-    if (left_out.device.type == "cpu" or validate) and bool(left_out):
-        raise ValueError("plan leaves out rows that may have a gradient: it was made of another batch")
+def _left_out(plan: RowPlan, mine: Tensor, computed: Tensor, validate: bool) -> Tensor:
+    """0-d bool: whether the plan leaves out a row that it must not; a ValueError where values may be read."""
+    left_out = ((mine & ~plan.planned) | (computed & ~plan.read)).any()
+    if reads_values(left_out, validate) and bool(left_out):
+        raise ValueError("plan leaves out tokens, or rows that may have a gradient: it was made of another batch")
     return left_out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..core.layout import token_layout
 from ..core.transform import Transform
 from ..objectives import Objective
 from ..ops.min_p import min_p_rows_of
-from ..ops.one_launch import attach, one_launch, prefers_one_launch
+from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
 from ..ops.token_logprobs import TokenStats, check_no_overlap, token_statistics
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
@@ -139,6 +140,7 @@ def policy_loss(
         ignore_index=ignore_index, validate=validate,
     )  # fmt: skip
     assert batch.targets is not None
+    flat_targets = batch.targets
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     rows = as_rows(logits)
     obstacle = _why_two_stages(objective, batch, logits)
@@ -149,18 +151,25 @@ def policy_loss(
         with torch.no_grad():
             shaped = shape(objective, batch, None, backend)
             scale = loss_scale(objective, batch, shaped.weights, backend)
-            inputs = policy_inputs(objective, batch, shaped, scale)
+            inputs, form = policy_inputs(objective, batch, shaped, scale), surrogate_form(objective)
+        found: list[Any] = []
+
+        def compute() -> tuple[Tensor, Tensor]:
             (logp, entropy, *_), gradient = one_launch(
-                rows, batch.targets, transform, inputs, surrogate_form(objective), inplace_backward, backend
+                rows, flat_targets, transform, inputs, form, inplace_backward, backend
             )
             stats = TokenStats(logp, entropy)
             terms = token_terms(objective, batch, stats, shaped, scale, backend)
-        loss = attach(logits, terms.loss, gradient, backend)
-        return policy_output(batch, loss, stats, shaped.weights, terms.metrics, "one-launch")
+            found.extend([stats, terms.metrics])
+            return terms.loss, gradient
 
-    stats = token_statistics(rows, batch.targets, transform, inplace_backward, backend)
+        loss = with_gradient(logits, compute, backend)
+        stats, metrics = found
+        return policy_output(batch, loss, stats, shaped.weights, metrics, "one-launch")
+
+    stats = token_statistics(rows, flat_targets, transform, inplace_backward, backend)
     if objective.low_probability is not None and min_p_logprobs is None:
-        proxy = min_p_rows_of(rows, batch.targets, objective.low_probability.min_p, transform, backend)
+        proxy = min_p_rows_of(rows, flat_targets, objective.low_probability.min_p, transform, backend)
         batch = replace(batch, proxy=proxy)
     shaped = shape(objective, batch, stats, backend)
     scale = loss_scale(objective, batch, shaped.weights, backend)

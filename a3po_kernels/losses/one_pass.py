@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.autograd import final
 from ..core.checks import compute_dtype
 from ..core.tiles import Tiles, row_tiles
 from ..core.transform import Transform
 from ..objectives import Objective, TokenRule
 from ..ops.linear_head import Gradients, LinearHead, Logits, head_gradients
 from ..ops.linear_token_logprobs import head_statistics, scatter_rows, weight_gradient_dtype
-from ..ops.one_launch import final, scale_gradient, write_statistics_and_gradient
+from ..ops.one_launch import scale_gradient, write_statistics_and_gradient
 from ..ops.token_logprobs import TokenStats, empty_results, fold_statistics, write_gradient
 from .batch import TokenBatch
 from .rows import RowPlan
@@ -93,7 +94,7 @@ def _most_kept(objective: Objective, plan: RowPlan, rollouts: int) -> int:
 def one_pass(
     head: LinearHead, objective: Objective, batch: TokenBatch, transform: Transform, plan: RowPlan, tiles: Tiles,
     unit: str, shaped: ShapedTokens | None, scale: Tensor | Callable[[Tensor], Tensor], wanted: tuple[bool, ...],
-    max_bytes: int, backend: str,
+    max_bytes: int, to_main_grad: bool, backend: str,
 ) -> OnePass:  # fmt: skip
     """Goes through the chunks, then takes the statistics of the plan's other rows, which have no gradient.
 
@@ -113,7 +114,8 @@ def one_pass(
     half = head.dtype == torch.float16
     factor: Tensor | None = scale if isinstance(scale, Tensor) else None
     power = None if factor is None or not half else _fp16_unit(factor)
-    most = _most_kept(objective, plan, batch.offsets.numel() - 1)
+    # A rule that is known already was applied to more than the plan's rows.
+    most = _most_kept(objective, plan, batch.offsets.numel() - 1) if shaped is None else plan.row_count
     together = unit == "token" and objective.low_probability is None and my_shaped is not None
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +148,8 @@ def one_pass(
         write_gradient(tile[None], tile[None], target, shift, log_sum, entropy, d_logp, d_entropy, chunk, backend)
         return tile, kept
 
-    one_chunk = tiles.row_count <= 1 and not half
+    # One product is rounded once, to the weight's dtype; a sum, and what main_grad gets, stays wide till the end.
+    one_chunk = tiles.row_count <= 1 and not half and not to_main_grad
     weight_dtype = weight_gradient_dtype(head.weight) if one_chunk else compute_dtype(head.dtype)
     idle_rows = rows is None or not plan.exact
     gradients = head_gradients(
@@ -193,7 +196,7 @@ class _Attach(torch.autograd.Function):
         ctx.rows, ctx.main_grad, ctx.backend, ctx.spent = rows, main_grad, backend, False
         ctx.forms = [None if p is None else (p.shape[0], p.dtype) for p in parameters]
         ctx.weight_dtype = weight_gradient_dtype(parameters[1])
-        return loss.clone()
+        return loss.detach()
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -218,7 +221,7 @@ def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
             continue
         count, dtype = form
         if position == 1 and ctx.main_grad is not None:
-            ctx.main_grad.addcmul_(gradient, factor.to(gradient.dtype))
+            ctx.main_grad.addcmul_(gradient, factor.to(ctx.main_grad.dtype))
             out.append(None)
             continue
         dtype = ctx.weight_dtype if position == 1 else dtype

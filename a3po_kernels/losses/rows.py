@@ -20,14 +20,16 @@ UNITS = ("token", "rollout", "batch")
 class RowPlan:
     """The rows of a batch that may have a gradient, and how many: made ahead, so that the loss need not wait for it.
 
-    rows: int64 [K] in order (None: all N); rest: the other rows with a token (None: none); planned: bool [N], True at
-    `rows`; boundaries: where each rollout begins among the rows, [S + 1] numbers on the host; count: N; objective: what
-    it was made for; unit: what is never cut, a "token", a "rollout" or the "batch". exact: every row is a token.
+    rows: int64 [K] in order (None: all N); rest: the other rows with a token (None: none); planned, read: bool [N],
+    True at `rows`, and at `rows` and `rest`; boundaries: where each rollout begins among the rows, [S + 1] numbers on
+    the host; count: N; objective: what it was made for; unit: what is never cut, a "token", a "rollout" or the "batch";
+    exact: every row is a token.
     """
 
     rows: Tensor | None
     rest: Tensor | None
     planned: Tensor
+    read: Tensor
     boundaries: tuple[int, ...]
     count: int
     objective: Objective | None
@@ -44,16 +46,17 @@ class RowPlan:
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=True)
 
-        planned = self.planned.to(device, non_blocking=True)
-        return replace(self, rows=move(self.rows), rest=move(self.rest), planned=planned)
+        planned, read = (x.to(device, non_blocking=True) for x in (self.planned, self.read))
+        return replace(self, rows=move(self.rows), rest=move(self.rest), planned=planned, read=read)
 
 
 def dependence(objective: Objective, current: list[TokenRule]) -> str:
     """Whose statistics the gradient of a token depends on: the "token"'s own, its "rollout"'s or the "batch"'s.
 
-    current: the rules that select by the current policy.
+    current: the rules that select by the current policy. Beside one of them any rule over the batch waits for it.
     """
-    if any(rule.scope != "rollout" for rule in current) or (current and objective.normalize_over == "selected"):
+    wide = any(isinstance(rule, TokenRule) and rule.scope != "rollout" for rule in objective.shaping)
+    if current and (wide or objective.normalize_over == "selected"):
         return "batch"
     return "rollout" if current or objective.ratio_level == "sequence" else "token"
 
@@ -70,11 +73,16 @@ def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
     return tokens & some[rollout]
 
 
-def may_move(objective: Objective, tokens: Tensor, advantages: Tensor, weights: Tensor | None) -> Tensor:
-    """Bool [N]: the tokens whose own terms may have a gradient, from what is known before any logit is."""
-    possible = tokens if weights is None else tokens & (weights != 0)
+def may_move(objective: Objective, tokens: Tensor, advantages: Tensor, polarity: Tensor) -> Tensor:
+    """Bool [N]: the tokens whose own terms may have a gradient, from mask, advantages and polarity alone."""
+    possible = tokens
     if objective.kl_coef == 0 and objective.entropy_coef == 0:
         possible = possible & (advantages != 0)
+    for rule in objective.shaping:
+        if isinstance(rule, PolarityWeights):
+            kinds = ((rule.positive, polarity > 0), (rule.negative, polarity < 0), (rule.zero, polarity == 0))
+            for factor, where in kinds:
+                possible = possible & ~where if factor == 0 else possible
     return possible
 
 
@@ -94,7 +102,8 @@ def find_rows(
     if second is not None and rest:
         left = torch.sort((~second).to(torch.int8), stable=True).indices[:rest]
     planned = first if rows is not None else torch.ones(count, dtype=torch.bool, device=device)
-    return RowPlan(rows, left, planned, tuple(boundaries), count, objective, unit, exact)
+    read = planned if second is None else planned | second
+    return RowPlan(rows, left, planned, read, tuple(boundaries), count, objective, unit, exact)
 
 
 def _per_token(layout: TokenLayout, values: Tensor) -> Tensor:
@@ -126,8 +135,8 @@ def plan_rows(
         device: where the loss will run; the mask's by default.
 
     Returns:
-        A RowPlan. The loss is NaN where a row outside it turns out to have a gradient (on the CPU, and under
-        `validate`, it is a ValueError): a plan of another batch is never silently wrong.
+        A RowPlan. The loss is NaN where a row outside it turns out to be a token, or one with a gradient (on the CPU,
+        and under `validate`, it is a ValueError): a plan of another batch is never silently wrong.
 
     Raises:
         ValueError, TypeError: as linear_policy_loss does for these arguments.
@@ -146,11 +155,7 @@ def plan_rows(
         tokens = tokens & (rows >= layout.offsets[0]) & (rows < layout.offsets[-1])
     values = _per_token(layout, advantages.detach())
     sign = values if polarity is None else _per_token(layout, polarity.detach())
-    possible = may_move(objective, tokens, values, None)
-    for rule in objective.shaping:
-        if isinstance(rule, PolarityWeights):
-            for factor, where in ((rule.positive, sign > 0), (rule.negative, sign < 0), (rule.zero, sign == 0)):
-                possible = possible & ~where if factor == 0 else possible
+    possible = may_move(objective, tokens, values, sign)
     rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule)]
     # As if no old log-probs were given: the rules then read the current policy, and need the most rows together.
     unit = "batch" if objective.low_probability is not None else dependence(objective, rules)

@@ -116,7 +116,8 @@ def shape(objective: Objective, batch: TokenBatch, stats: TokenStats | None, bac
             continue
         scale = rule.selected_scale(batch.step) if callable(rule.selected_scale) else rule.selected_scale
         if isinstance(scale, Tensor):
-            scale = scale.to(weights.dtype)
+            elsewhere = scale.device.type == "cpu" and weights.device.type != "cpu"
+            scale = scale.item() if elsewhere else scale.to(weights.dtype)
         first_scale = scale if first_scale is None else first_scale
         form = RuleForm(
             metric(rule), rule.polarity or 0, rule.side == "high", rule.rounding == "ceil", rule.ratio, scale,

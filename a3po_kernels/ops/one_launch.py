@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..core.autograd import final
 from ..core.forms import PolicyInputs, SurrogateForm
 from ..core.transform import Transform
 from .token_logprobs import empty_results
@@ -39,33 +41,16 @@ def scale_gradient(gradient: Tensor, factor: Tensor, backend: str, out: Tensor |
     return out
 
 
-class _Final(torch.autograd.Function):
-    """Passes a gradient on that has no derivative: a double backward through it raises, it does not give zeros."""
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Any:
-        raise RuntimeError("a double backward is not implemented: this gradient was formed without its graph")
-
-
-def final(gradient: Tensor) -> Tensor:
-    """A gradient as backward should return it; under create_graph=True its own backward raises."""
-    if not torch.is_grad_enabled():
-        return gradient
-    return _Final.apply(torch.zeros((), device=gradient.device, requires_grad=True), gradient)
-
-
 class _FormedInForward(torch.autograd.Function):
-    """A loss whose gradient was formed beside it; backward scales that in place by the incoming one."""
+    """A loss whose gradient is formed beside it; backward scales that in place by the incoming one."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, loss: Tensor, gradient: Tensor, shape: tuple[int, ...], backend: str) -> Tensor:
+    def forward(ctx, logits: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], backend: str) -> Tensor:
+        # In here, so that autograd has read the logits' history before they may be written over.
+        loss, gradient = compute()
         ctx.save_for_backward(gradient)
-        ctx.shape, ctx.backend, ctx.spent = shape, backend, False
-        return loss.clone()
+        ctx.shape, ctx.backend, ctx.spent = logits.shape, backend, False
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> Any:
@@ -78,12 +63,12 @@ class _FormedInForward(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         with torch.no_grad():
             gradient = scale_gradient(gradient, grad_loss, ctx.backend).view(ctx.shape)
-        return final(gradient), None, None, None, None
+        return final(gradient), None, None
 
 
-def attach(logits: Tensor, loss: Tensor, gradient: Tensor, backend: str) -> Tensor:
-    """The loss [], differentiable in the logits, by their gradient that is known already."""
-    return _FormedInForward.apply(logits, loss, gradient, tuple(logits.shape), backend)
+def with_gradient(logits: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], backend: str) -> Tensor:
+    """The loss [] of compute() -> (loss, its gradient in the logits), differentiable in the logits."""
+    return _FormedInForward.apply(logits, compute, backend)
 
 
 def one_launch(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..core.autograd import final
 from ..core.forms import METRICS, PolicyInputs, SurrogateForm
 
 
@@ -55,8 +56,8 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * ctx.arguments
     d_logp, d_entropy = ctx.saved_tensors
-    grad_entropy = grad_loss * d_entropy if d_entropy.numel() else None
-    return grad_loss * d_logp, grad_entropy, *([None] * (ctx.arguments - 2))
+    grad_entropy = final(grad_loss * d_entropy) if d_entropy.numel() else None
+    return final(grad_loss * d_logp), grad_entropy, *([None] * (ctx.arguments - 2))
 
 
 _policy_terms.register_autograd(_backward, setup_context=_setup_context)

@@ -19,23 +19,12 @@ class TokenStats(NamedTuple):
     entropy: Tensor
 
 
-def vector_width(logits: Tensor) -> int:
-    """Elements of a 16-byte load."""
-    return 16 // logits.element_size()
-
-
-def is_aligned(*tensors: Tensor) -> bool:
-    """Whether every row of [batch, rows, V] starts on 16 bytes, so that loads can be 128 bits wide."""
-    # The stride of a dimension of one entry is never used, and may be anything.
-    steps = [x.stride(dim) * x.element_size() for x in tensors for dim in (0, 1) if x.shape[dim] > 1]
-    return all(step % 16 == 0 for step in steps) and all(x.data_ptr() % 16 == 0 for x in tensors)
-
-
 def fold_statistics(
     logits: Tensor, targets: Tensor, transform: Transform, results: tuple[Tensor, ...], backend: str,
-    *, first_column: int = 0, first: bool = True, last: bool = True, state: Tensor | None = None,
+    *, first_column: int = 0, vocabulary: int | None = None, first: bool = True, last: bool = True,
+    state: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Folds logits [batch, rows, columns], the columns from first_column on of a vocabulary, into the rows' statistics.
+    """Folds logits [batch, rows, columns], columns from first_column on of a `vocabulary`, into the rows' statistics.
 
     The last of a vocabulary's tiles writes `results`, (logp, entropy, shift, log2_sum) [N]; tiles before it keep in
     state [4, N] what merges: shift, sum, dot and the target's capped logit. shift and log2_sum are the softmax
@@ -43,8 +32,9 @@ def fold_statistics(
     """
     if targets.numel():
         choose(backend, logits.device).fold_statistics(
-            logits, targets, transform, results, first_column=first_column, first=first, last=last, state=state
-        )
+            logits, targets, transform, results, first_column=first_column, vocabulary=vocabulary, first=first,
+            last=last, state=state,
+        )  # fmt: skip
 
 
 def empty_results(logits: Tensor, rows: int) -> tuple[Tensor, ...]:

@@ -117,7 +117,7 @@ def normalizer(
         total = "tokens"
     else:
         total = "lengths" if aggregation == "seq-mean-token-sum-norm" else "rollouts"
-    tensor = denominator.to(counts.device) if isinstance(denominator, Tensor) else None
+    tensor = denominator if isinstance(denominator, Tensor) else None
     divisor = float(denominator) if tensor is None and denominator is not None else 0.0
     return _normalizer(
         counts, total, aggregation == "seq-mean-token-mean", tensor, divisor, float(max_length), backend
@@ -169,7 +169,7 @@ def apply_rules(
         words += [rule.polarity, int(rule.high), int(rule.ceil), int(tensor)]
         numbers += [float(rule.ratio), float(rule.rest), 0.0 if isinstance(rule.scale, Tensor) else float(rule.scale)]
         if isinstance(rule.scale, Tensor):
-            scales.append(rule.scale.to(weights.device))
+            scales.append(rule.scale)
     metrics = [rule.metric.detach().to(compute_dtype(weights.dtype)).contiguous() for rule in rules]
     return _apply_rules(weights, polarity, offsets, metrics, words, numbers, scales, backend)
 

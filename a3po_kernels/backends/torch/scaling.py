@@ -14,7 +14,16 @@ def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     if same and factor.device.type == "cpu" and float(factor) == 1.0:
         return
     factor = factor.to(torch.promote_types(torch.float32, gradient.dtype))
-    rows = max(_CHUNK // max(gradient[0].numel(), 1), 1) if gradient.ndim > 1 and gradient.shape[0] else 1
-    parts = zip(gradient.split(rows), out.split(rows), strict=True) if gradient.ndim > 1 else ((gradient, out),)
+    if not gradient.numel():
+        return
+    if gradient.ndim > 2:
+        for source, into in zip(gradient, out, strict=True):
+            scale(source, factor, into)
+        return
+    step = max(_CHUNK // gradient[0].numel(), 1) if gradient.ndim else 1
+    parts = zip(gradient.split(step), out.split(step), strict=True) if gradient.ndim else ((gradient, out),)
     for source, into in parts:
-        torch.mul(source, factor, out=into) if into.dtype == factor.dtype else into.copy_(source * factor)
+        if into.dtype == factor.dtype:
+            torch.mul(source, factor, out=into)
+        else:
+            into.copy_(source * factor)

@@ -73,8 +73,8 @@ def merge_statistics(a: torch.Tensor, b: torch.Tensor, k: torch.Tensor | float) 
 
 
 def fold_statistics(
-    logits, targets, transform: Transform, results, *, first_column: int = 0, first: bool = True, last: bool = True,
-    state=None,
+    logits, targets, transform: Transform, results, *, first_column: int = 0, vocabulary: int | None = None,
+    first: bool = True, last: bool = True, state=None,
 ) -> None:  # fmt: skip
     """Folds a tile of a vocabulary into the statistics of its rows; see backends.triton.statistics."""
     dtype = results[0].dtype

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.transform import Transform
-from .launch import VOCABULARY_OPTIONS, device_guard, is_aligned, processors, row_arguments, triton_dtype
+from .launch import VOCABULARY_OPTIONS, device_guard, is_aligned, processors, registers, row_arguments, triton_dtype
 from .math import LN2, clamp_min, exponent_floor, softcap_slope, softcapped
 from .statistics import RUN_TIME
 from .tiles import exponent_scale_of, misalignment, row_pointer
@@ -17,8 +17,9 @@ from .tiles import exponent_scale_of, misalignment, row_pointer
 # Bytes of a row that are in flight at a time, and the warps that hold them: measured on an H200.
 _BLOCK_BYTES = 8192
 _WARPS = 4
+_REGISTERS = 64
 # Below this many rows a processor a program writes one block.
-_FEW_ROWS = 4
+_FEW_ROWS = 8
 
 
 @triton.jit
@@ -32,7 +33,13 @@ def window(pointer, LOADS: tl.constexpr):
 
 
 @triton.jit
-def _at(start, first, skip, stride, LOADS: tl.constexpr, BLOCK: tl.constexpr):
+def column_of(target, n_columns):
+    """A target as a 32-bit column, -1 where it is none."""
+    return tl.where((target >= 0) & (target < n_columns), target, -1).to(tl.int32)
+
+
+@triton.jit
+def _at(start, first, stride, LOADS: tl.constexpr, BLOCK: tl.constexpr):
     if LOADS == "strided":
         return start + (first + tl.arange(0, BLOCK)).to(tl.int64) * stride
     else:
@@ -48,27 +55,16 @@ def _store(
     if MASKED:
         columns = first + tl.arange(0, BLOCK) - skip
         inside = (columns >= 0) & (columns < n_columns)
-        tl.store(_at(out, first, skip, stride, LOADS, BLOCK), values, mask=inside, eviction_policy=KEEP)
+        tl.store(_at(out, first, stride, LOADS, BLOCK), values, mask=inside, eviction_policy=KEEP)
     else:
-        tl.store(_at(out, first, skip, stride, LOADS, BLOCK), values, eviction_policy=KEEP)
+        tl.store(_at(out, first, stride, LOADS, BLOCK), values, eviction_policy=KEEP)
 
 
 @triton.jit
-def _write_block(
-    logits, out, first, skip, n_columns, column_stride, out_column_stride, target, k, shift, constant, factor, one_hot,
-    scale, cap, MASKED: tl.constexpr, LOADS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
+def _gradient(
+    u, k, shift, constant, factor, cap, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """dL/dz of BLOCK columns: 2^t (constant + factor t), with t = k u - shift, and one_hot at the target."""
-    columns = first + tl.arange(0, BLOCK) - skip
-    pointers = _at(logits, first, skip, column_stride, LOADS, BLOCK)
-    if MASKED:
-        inside = (columns >= 0) & (columns < n_columns)
-        u = tl.load(pointers, mask=inside, other=0.0, eviction_policy=KEEP).to(COMPUTE)
-    else:
-        u = tl.load(pointers, eviction_policy=KEEP).to(COMPUTE)
-    if HAS_SOFTCAP:
-        u = softcapped(u * scale, cap, COMPUTE)
+    """dL/dz where the target is not: 2^t (constant + factor t), with t = k u - shift, through the softcap."""
     zero = tl.zeros_like(u)
     t = tl.fma(u, zero + k, zero - shift)
     if HAS_ENTROPY:
@@ -76,9 +72,27 @@ def _write_block(
         grad = tl.exp2(t) * tl.fma(t, zero + factor, zero + constant)
     else:
         grad = tl.exp2(t) * constant
-    grad = tl.where(columns == target, grad + one_hot, grad)
     if HAS_SOFTCAP:
         grad = grad * softcap_slope(u, cap)
+    return grad
+
+
+@triton.jit
+def _write_block(
+    logits, out, first, skip, n_columns, column_stride, out_column_stride, k, shift, constant, factor, scale, cap,
+    MASKED: tl.constexpr, LOADS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    pointers = _at(logits, first, column_stride, LOADS, BLOCK)
+    if MASKED:
+        columns = first + tl.arange(0, BLOCK) - skip
+        inside = (columns >= 0) & (columns < n_columns)
+        u = tl.load(pointers, mask=inside, other=0.0, eviction_policy=KEEP).to(COMPUTE)
+    else:
+        u = tl.load(pointers, eviction_policy=KEEP).to(COMPUTE)
+    if HAS_SOFTCAP:
+        u = softcapped(u * scale, cap, COMPUTE)
+    grad = _gradient(u, k, shift, constant, factor, cap, HAS_ENTROPY, HAS_SOFTCAP, COMPUTE)
     _store(out, first, skip, n_columns, out_column_stride, grad, MASKED, LOADS, BLOCK, KEEP)
 
 
@@ -86,18 +100,28 @@ def _write_block(
 def write_row(
     logits, out, skip, begin, end, n_columns, column_stride, out_column_stride, target, k, shift, log_sum, entropy,
     d_logp, d_entropy, scale, cap, LOADS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    REVERSED: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Writes the blocks [begin, end) of a row's gradient; zeros, with nothing read, where both coefficients are 0.
 
-    logits, out: the row's window; target: its column there. d_logp, d_entropy: dL/dlogp and dL/dH.
+    From the last to the first: what was read last may still be in the cache. logits, out: the row's window; skip: the
+    row begins so many elements after it; target: int32, its column. d_logp, d_entropy: dL/dlogp and dL/dH.
     """
+    complete = (n_columns + skip) // BLOCK  # the blocks before it end within the row
+    inner = begin
+    if LOADS == "shifted":
+        inner = tl.maximum(begin, 1)  # the first block may begin before the row
+    # The target's own column is written once more: comparing every column with it would cost a third of the time.
+    place = target + skip
+    mine = (target >= 0) & (place >= begin * BLOCK) & (place < end * BLOCK)
+    at_target = tl.load(logits + place.to(tl.int64) * column_stride, mask=mine, other=0.0).to(COMPUTE)
+    tl.debug_barrier()  # In place, all threads have read what they need before any of them writes there.
     idle = d_logp == 0.0
     if HAS_ENTROPY:
         idle = idle & (d_entropy == 0.0)
     if idle:
+        zeros = tl.zeros((BLOCK,), COMPUTE)
         for block in range(begin, end):
-            zeros = tl.zeros((BLOCK,), COMPUTE)
             _store(out, block * BLOCK, skip, n_columns, out_column_stride, zeros, True, LOADS, BLOCK, KEEP)
     else:
         # d u / d z and d x / d u: k carries the temperature and, without a softcap, the logit scale too.
@@ -111,21 +135,30 @@ def write_row(
         if HAS_ENTROPY:
             constant = weight * tl.fma(d_entropy, tl.fma(log_sum * 0.0 - LN2, log_sum, entropy), d_logp)
             factor = weight * d_entropy * LN2
+        if HAS_SOFTCAP:
+            at_target = softcapped(at_target * scale, cap, COMPUTE)
+        if (complete >= begin) & (complete < end):
+            _write_block(
+                logits, out, complete * BLOCK, skip, n_columns, column_stride, out_column_stride, k, shift, constant,
+                factor, scale, cap, True, LOADS, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE, KEEP,
+            )  # fmt: skip
+        stop = tl.minimum(end, complete)
+        for i in range(inner, stop):
+            _write_block(
+                logits, out, (inner + stop - 1 - i) * BLOCK, skip, n_columns, column_stride, out_column_stride, k,
+                shift, constant, factor, scale, cap, False, LOADS, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE, KEEP,
+            )  # fmt: skip
+        for first in range(begin, tl.minimum(inner, complete)):
+            _write_block(
+                logits, out, first * BLOCK, skip, n_columns, column_stride, out_column_stride, k, shift, constant,
+                factor, scale, cap, True, LOADS, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE, KEEP,
+            )  # fmt: skip
+        tl.debug_barrier()  # The block that holds the target is written.
         one_hot = d_logp * slope
-        for i in range(begin, end):
-            first = i * BLOCK
-            if REVERSED:
-                first = (begin + end - 1 - i) * BLOCK
-            if (first >= skip) & (first + BLOCK <= n_columns + skip):
-                _write_block(
-                    logits, out, first, skip, n_columns, column_stride, out_column_stride, target, k, shift, constant,
-                    factor, one_hot, scale, cap, False, LOADS, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE, KEEP,
-                )  # fmt: skip
-            else:
-                _write_block(
-                    logits, out, first, skip, n_columns, column_stride, out_column_stride, target, k, shift, constant,
-                    factor, one_hot, scale, cap, True, LOADS, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE, KEEP,
-                )  # fmt: skip
+        if HAS_SOFTCAP:
+            one_hot = one_hot * softcap_slope(at_target, cap)
+        value = _gradient(at_target, k, shift, constant, factor, cap, HAS_ENTROPY, HAS_SOFTCAP, COMPUTE) + one_hot
+        tl.store(out + place.to(tl.int64) * out_column_stride, value.to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit
@@ -167,9 +200,9 @@ def logits_gradient_kernel(
     begin = tl.program_id(1) * blocks_per_program
     write_row(
         logits, out, skip, begin, tl.minimum(begin + blocks_per_program, blocks), n_columns, column_stride,
-        out_column_stride, target - first_column, k, shift, log_sum, entropy, d_logp, d_entropy,
+        out_column_stride, column_of(target - first_column, n_columns), k, shift, log_sum, entropy, d_logp, d_entropy,
         tl.full((), logit_scale, COMPUTE), tl.full((), softcap, COMPUTE), LOADS, grad_entropy_ptr is not None,
-        HAS_SOFTCAP, False, BLOCK, COMPUTE, "",
+        HAS_SOFTCAP, BLOCK, COMPUTE, "",
     )  # fmt: skip
 
 
@@ -207,5 +240,5 @@ def write_gradient(
             0 if grad_logp is None else grad_logp.stride(0), 0 if grad_entropy is None else grad_entropy.stride(0),
             first_column, blocks, each,
             HAS_SOFTCAP=bool(transform.softcap), LOADS=loads, BLOCK=block, COMPUTE=triton_dtype(logits.dtype),
-            num_warps=_WARPS, **VOCABULARY_OPTIONS,
+            num_warps=_WARPS, **VOCABULARY_OPTIONS, **registers(_REGISTERS),
         )  # fmt: skip

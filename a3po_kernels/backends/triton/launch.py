@@ -13,7 +13,7 @@ from ...core.transform import Transform
 
 # Fused multiply-adds are written out where they are wanted: two kernels that share a formula then share its bits.
 VOCABULARY_OPTIONS = {"enable_fp_fusion": False}
-_INTERPRETED_PROCESSORS = 1
+_INTERPRETED_PROCESSORS = 2
 
 
 def triton_dtype(dtype: torch.dtype):
@@ -29,18 +29,15 @@ def device_guard(tensor: Tensor):
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a GPU; 1 in the interpreter."""
+    """Streaming multiprocessors (compute units) of a GPU; few in the interpreter."""
     if device.type == "cpu":
         return _INTERPRETED_PROCESSORS
     return torch.get_device_module(device).get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def cache_bytes(device: torch.device) -> int:
-    """Size of a GPU's L2 cache."""
-    if device.type == "cpu":
-        return 1 << 20
-    return getattr(torch.get_device_module(device).get_device_properties(device), "L2_cache_size", 40 << 20)
+def registers(most: int) -> dict[str, int]:
+    """The launch option that bounds a thread's registers, on NVIDIA's compiler."""
+    return {"maxnreg": most} if torch.version.hip is None and torch.version.cuda is not None else {}
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -55,6 +52,11 @@ def loads_of(logits: Tensor) -> str:
     if logits.stride(2) != 1 and logits.shape[2] > 1:
         return "strided"
     return "aligned" if is_aligned(logits) else "shifted"
+
+
+def is_even(logits: Tensor) -> bool:
+    """Whether a row is a whole number of 16-byte vectors."""
+    return logits.shape[-1] * logits.element_size() % 16 == 0
 
 
 def row_arguments(logits: Tensor, transform: Transform) -> tuple:

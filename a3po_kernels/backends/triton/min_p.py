@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...core.checks import compute_dtype
 from ...core.transform import Transform
-from .launch import VOCABULARY_OPTIONS, device_guard, loads_of, row_arguments, triton_dtype
+from .launch import VOCABULARY_OPTIONS, device_guard, is_even, loads_of, row_arguments, triton_dtype
 from .math import LN2
 from .statistics import RUN_TIME, lanes_of, warps_of
-from .tiles import lane_max, lane_sum, load_tile, pair_sum, row_pointer, tile_columns
+from .tiles import lane_max, lane_sum, load_tile, pair_sums, row_pointer, tile_columns
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -21,7 +21,7 @@ def min_p_kernel(
     n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64, logit_scale: tl.float64,
     softcap: tl.float64, log2_min_p: tl.float64,
-    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of the target among the tokens with p >= min_p * max p. Grid (rows,); two reads of the row."""
     row32 = tl.program_id(0)
@@ -39,22 +39,26 @@ def min_p_kernel(
 
     largest = tl.full((LANES,), float("-inf"), COMPUTE)
     for first in range(0, n_columns, tile):
-        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE, "")
+        u = load_tile(
+            base, first, n_columns, column_stride, scale, cap, True, LOADS, EVEN, HAS_SOFTCAP, LANES, COMPUTE, ""
+        )
         largest = tl.maximum(largest, lane_max(u))
     largest_u = tl.max(largest, axis=0)
 
     total = tl.zeros((LANES,), COMPUTE)
     target_t = tl.zeros((LANES,), COMPUTE)
     for first in range(0, n_columns, tile):
-        u = load_tile(base, first, n_columns, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE, "")
+        u = load_tile(
+            base, first, n_columns, column_stride, scale, cap, True, LOADS, EVEN, HAS_SOFTCAP, LANES, COMPUTE, ""
+        )
         columns = tile_columns(first, LANES, logits_ptr.dtype.element_ty)
         t = (u - largest_u) * k  # exactly 0 at the maximum, which min_p = 1 keeps
         # "not below" rather than "at least": a NaN is kept, and makes the row NaN.
         total += lane_sum(tl.where((columns < n_columns) & ~(t < floor), tl.exp2(t), 0.0))
         # The very number that was compared: computed a second time it could be another.
         target_t += lane_sum(tl.where(columns == target, t, 0.0))
-    log_sum = tl.log2(pair_sum(total, LANES))
-    t_target = tl.sum(target_t, axis=0)
+    total_all, t_target = pair_sums(total, target_t)
+    log_sum = tl.log2(total_all)
 
     known = (target >= 0) & (target < n_columns)
     logp = (t_target - log_sum) * LN2
@@ -71,7 +75,7 @@ def min_p_logprobs(logits: Tensor, targets: Tensor, min_p: float, transform: Tra
     with device_guard(logits):
         min_p_kernel[(targets.numel(),)](
             logits, targets, out, logits.shape[-1], *row_arguments(logits, transform), math.log2(min_p),
-            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), LANES=lanes,
+            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), EVEN=is_even(logits), LANES=lanes,
             COMPUTE=triton_dtype(logits.dtype), num_warps=warps_of(lanes), **VOCABULARY_OPTIONS,
         )  # fmt: skip
     return out

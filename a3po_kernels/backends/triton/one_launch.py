@@ -11,25 +11,25 @@ from torch import Tensor
 
 from ...core.forms import PolicyInputs, SurrogateForm
 from ...core.transform import Transform
-from .gradient import blocks_of, gradient_loads, window, write_row
+from .gradient import blocks_of, column_of, gradient_loads, window, write_row
 from .launch import (
     VOCABULARY_OPTIONS,
-    cache_bytes,
     device_guard,
+    is_even,
     loads_of,
     processors,
+    registers,
     row_arguments,
     triton_dtype,
 )
 from .policy_terms import loss_terms
-from .statistics import RUN_TIME, SPAN, lanes_of, load_target, row_results, row_statistics, store_zeros
+from .statistics import RUN_TIME, lanes_of, load_target, row_results, row_statistics, store_zeros
 from .tiles import exponent_scale_of, row_pointer
 
 # Bytes of the gradient in flight for each lane; measured on an H200.
 _BLOCK_BYTES_PER_LANE = 32
 _UNROLL = 2
-_CACHE_SHARE = 0.8  # of the L2 cache, for the rows under way
-_MOST_THREADS = 2048  # of a processor
+_REGISTERS = 32  # of a thread: 2048 threads are then on a processor, and one row's reads hide another's arithmetic
 _MOST_WARPS = 32 if torch.version.hip is None else 16  # 1024 threads
 
 
@@ -44,13 +44,14 @@ def _value(pointer, row, COMPUTE: tl.constexpr):
 @triton.jit
 def _write_statistics(
     base, target, row, n_columns, column_stride, k, scale, cap, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr,
-    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """(logp, entropy, shift, log2 sum) of a row, stored too."""
     shift, total, dot = row_statistics(
-        base, n_columns, column_stride, k, scale, cap, LOADS, HAS_SOFTCAP, SPAN, LANES, UNROLL, COMPUTE, "evict_last"
-    )
+        base, n_columns, column_stride, k, scale, cap, LOADS, EVEN, HAS_SOFTCAP, LANES, UNROLL, COMPUTE,
+        "evict_last",
+    )  # fmt: skip
     target_u = load_target(base, target, n_columns, column_stride, scale, cap, HAS_SOFTCAP, COMPUTE)
     logp, entropy, log_sum = row_results(shift, total, dot, target_u, k)
     tl.store(logp_ptr + row, logp)
@@ -63,64 +64,60 @@ def _write_statistics(
 @triton.jit(do_not_specialize=[*RUN_TIME, "blocks"])
 def one_launch_kernel(
     logits_ptr, targets_ptr, temperature_ptr, grad_ptr, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr,
-    rollout_ptr, weights_ptr, advantages_ptr, old_ptr, reference_ptr, importance_ptr, scale_ptr, n_rows: tl.int32,
+    rollout_ptr, weights_ptr, advantages_ptr, old_ptr, reference_ptr, importance_ptr, scale_ptr,
     n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64, logit_scale: tl.float64,
     softcap: tl.float64, out_batch_stride: tl.int64, out_row_stride: tl.int64, out_column_stride, blocks: tl.int32,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64, delta: tl.float64, tau_positive: tl.float64,
     tau_negative: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, ESTIMATOR: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    LOADS: tl.constexpr, STORES: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    LOADS: tl.constexpr, STORES: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and gradient of every num_programs-th row. Grid (programs,), no more than the cache holds rows of."""
+    """A row's statistics and gradient. Grid (rows,)."""
+    row32 = tl.program_id(0)
+    row = row32.to(tl.int64)
+    base = row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride)
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    k = exponent_scale_of(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
     scale = tl.full((), logit_scale, COMPUTE)
     cap = tl.full((), softcap, COMPUTE)
-    for row32 in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        row = tl.cast(row32, tl.int64)
-        base = row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride)
-        logits, skip = window(base, STORES)
-        out, _out_skip = window(row_pointer(grad_ptr, row32, rows_per_batch, out_batch_stride, out_row_stride), STORES)
-        target = tl.load(targets_ptr + row).to(tl.int64)
-        k = exponent_scale_of(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
-        d_logp = tl.full((), 0.0, COMPUTE)
-        d_entropy = tl.full((), 0.0, COMPUTE)
-        entropy = tl.full((), 0.0, COMPUTE)
-        log_sum = tl.full((), 0.0, COMPUTE)
-        shift = tl.full((), 0.0, COMPUTE)
-        if target == ignore_index:
-            store_zeros(logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, row)
-        else:
-            weight = tl.load(weights_ptr + row).to(COMPUTE)
-            kept = weight != 0
-            advantage = tl.load(advantages_ptr + row).to(COMPUTE) * weight
-            divisor = tl.load(scale_ptr + tl.load(rollout_ptr + row)).to(COMPUTE)
-            importance = _value(importance_ptr, row, COMPUTE)
-            reference = _value(reference_ptr, row, COMPUTE)
-            logp, entropy, shift, log_sum = _write_statistics(
-                base, target, row, n_columns, column_stride, k, scale, cap, logp_ptr, entropy_ptr, shift_ptr,
-                log_sum_ptr, HAS_SOFTCAP, LOADS, SPAN, LANES, UNROLL, COMPUTE,
-            )  # fmt: skip
-            log_ratio = tl.full((), 0.0, COMPUTE)
-            if old_ptr is not None:
-                log_ratio = logp - tl.load(old_ptr + row).to(COMPUTE)
-            terms = loss_terms(
-                kept, logp, advantage, log_ratio, importance, reference, False, 0.0, tl.full((), low, COMPUTE),
-                tl.full((), high, COMPUTE), tl.full((), dual_clip, COMPUTE), tl.full((), delta, COMPUTE),
-                tl.full((), tau_positive, COMPUTE), tl.full((), tau_negative, COMPUTE),
-                tl.full((), kl_coef, COMPUTE), tl.full((), beta, COMPUTE), KIND, ESTIMATOR, importance_ptr is not None,
-                reference_ptr is not None, False,
-            )  # fmt: skip
-            d_logp = (terms[2] + terms[1]) * divisor
-            if HAS_ENTROPY:
-                d_entropy = tl.where(kept, -tl.full((), entropy_coef, COMPUTE) * divisor, 0.0)
-            # In place, the target's logit must be read by all before any of them is overwritten.
-            tl.debug_barrier()
-        write_row(
-            logits, out, skip, 0, blocks, n_columns, column_stride, out_column_stride, target, k, shift, log_sum,
-            entropy, d_logp, d_entropy, scale, cap, STORES, HAS_ENTROPY, HAS_SOFTCAP, True, BLOCK, COMPUTE,
-            "evict_first",
+    d_logp = tl.full((), 0.0, COMPUTE)
+    d_entropy = tl.full((), 0.0, COMPUTE)
+    entropy = tl.full((), 0.0, COMPUTE)
+    log_sum = tl.full((), 0.0, COMPUTE)
+    shift = tl.full((), 0.0, COMPUTE)
+    if target == ignore_index:
+        store_zeros(logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, row)
+    else:
+        logp, entropy, shift, log_sum = _write_statistics(
+            base, target, row, n_columns, column_stride, k, scale, cap, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr,
+            HAS_SOFTCAP, LOADS, EVEN, LANES, UNROLL, COMPUTE,
         )  # fmt: skip
+        weight = tl.load(weights_ptr + row).to(COMPUTE)
+        kept = weight != 0
+        advantage = tl.load(advantages_ptr + row).to(COMPUTE) * weight
+        divisor = tl.load(scale_ptr + tl.load(rollout_ptr + row)).to(COMPUTE)
+        log_ratio = tl.full((), 0.0, COMPUTE)
+        if old_ptr is not None:
+            log_ratio = logp - tl.load(old_ptr + row).to(COMPUTE)
+        terms = loss_terms(
+            kept, logp, advantage, log_ratio, _value(importance_ptr, row, COMPUTE), _value(reference_ptr, row, COMPUTE),
+            False, 0.0, tl.full((), low, COMPUTE), tl.full((), high, COMPUTE), tl.full((), dual_clip, COMPUTE),
+            tl.full((), delta, COMPUTE), tl.full((), tau_positive, COMPUTE), tl.full((), tau_negative, COMPUTE),
+            tl.full((), kl_coef, COMPUTE), tl.full((), beta, COMPUTE), KIND, ESTIMATOR, importance_ptr is not None,
+            reference_ptr is not None, False,
+        )  # fmt: skip
+        d_logp = (terms[2] + terms[1]) * divisor
+        if HAS_ENTROPY:
+            d_entropy = tl.where(kept, -tl.full((), entropy_coef, COMPUTE) * divisor, 0.0)
+    logits, skip = window(base, STORES)
+    out, _out_skip = window(row_pointer(grad_ptr, row32, rows_per_batch, out_batch_stride, out_row_stride), STORES)
+    write_row(
+        logits, out, skip, 0, blocks, n_columns, column_stride, out_column_stride, column_of(target, n_columns), k,
+        shift, log_sum, entropy, d_logp, d_entropy, scale, cap, STORES, HAS_ENTROPY, HAS_SOFTCAP, BLOCK, COMPUTE,
+        "evict_first",
+    )  # fmt: skip
 
 
 def warps_of(lanes: int) -> int:
@@ -136,25 +133,19 @@ def write_statistics_and_gradient(
     lanes = lanes_of(columns, size)
     stores, block = gradient_loads(logits, out), lanes * _BLOCK_BYTES_PER_LANE // size
     with device_guard(logits):
-        one_launch_kernel[(min(rows, _programs(logits.device, columns * size, lanes)),)](
+        one_launch_kernel[(rows,)](
             logits, targets, transform.temperature, out, *results, inputs.rollout, inputs.weights, inputs.advantages,
-            inputs.old, inputs.reference, inputs.importance, inputs.scale, rows,
+            inputs.old, inputs.reference, inputs.importance, inputs.scale,
             columns, *row_arguments(logits, transform), out.stride(0), out.stride(1), out.stride(2),
             blocks_of(columns, block, stores, size), *form.numbers,
             KIND=form.kind, ESTIMATOR=form.kl_estimator, HAS_ENTROPY=bool(form.entropy_coef),
-            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), STORES=stores, SPAN=SPAN, LANES=lanes,
-            UNROLL=_UNROLL, BLOCK=block, COMPUTE=triton_dtype(logits.dtype), num_warps=warps_of(lanes),
-            **VOCABULARY_OPTIONS,
+            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), STORES=stores, EVEN=is_even(logits),
+            LANES=lanes, UNROLL=_UNROLL, BLOCK=block, COMPUTE=triton_dtype(logits.dtype),
+            num_warps=warps_of(lanes), **VOCABULARY_OPTIONS, **registers(_REGISTERS),
         )  # fmt: skip
 
 
-def _programs(device: torch.device, row_bytes: int, lanes: int) -> int:
-    """How many rows are under way: as many as the cache holds, at least one a processor, at most what fits on it."""
-    count, cache = processors(device), cache_bytes(device)
-    fits = max(_MOST_THREADS // (32 * warps_of(lanes)), 1)
-    return count * min(max(int(_CACHE_SHARE * cache) // (count * row_bytes), 1), fits)
-
-
 def prefers_one_launch(logits: Tensor) -> bool:
-    """Whether it beats two stages. On an H200 it did for every vocabulary measured (bench/results/nvidia-h200)."""
-    return True
+    """Whether it beats two stages: with rows enough that a program a row fills the GPU, and on the 16-byte grid."""
+    rows = logits.shape[0] * logits.shape[1]
+    return rows > processors(logits.device) and loads_of(logits) == "aligned"

@@ -4,30 +4,35 @@ Exponents are in base 2: with u the capped logit and k = log2(e) / temperature (
 where no softcap stands between), y = k * u and p = 2^(y - shift) / sum.
 The pair (shift, log2 sum) is kept rather than their sum, which would cost p its low digits when logits are large.
 
-A row is cut into spans of SPAN columns. Each lane folds its columns of a span, then the span's lane states are merged
-into those of the spans before it, and at the end the lanes are merged in pairs. Span and lanes depend on the vocabulary
-and the dtype alone: one program that walks all spans of a row and several that take one each give the same bits.
+One program walks a row: each lane folds its own columns, and at the end the lanes are merged in pairs. The lanes depend
+on the vocabulary and the dtype alone, and no sum depends on a layout (see tiles.py), so that the bits of a row depend
+on nothing but what it holds. Programs that take a part of a row each were slower on an H200 from 8 rows on.
 Every product that is added is written as an fma, since what a compiler fuses may differ from kernel to kernel.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...core.transform import Transform
-from .launch import VOCABULARY_OPTIONS, device_guard, loads_of, processors, row_arguments, triton_dtype
+from .launch import (
+    VOCABULARY_OPTIONS,
+    device_guard,
+    is_even,
+    loads_of,
+    registers,
+    row_arguments,
+    triton_dtype,
+)
 from .math import LN2, LOWEST, clamp_min, exponent_floor, merge_statistics, softcapped
-from .tiles import exponent_scale_of, lane_max, lane_sum, load_tile, pair_sum, per_lane, row_pointer
+from .tiles import exponent_scale_of, lane_max, lane_sum, load_tile, pair_sums, per_lane, row_pointer
 
-SPAN = 32768
 _LANES_PER_THREAD = 2
 _UNROLL = 2
+_REGISTERS = 64
 # A row of many bytes takes more lanes: fewer rows are then under way at a time, and the second read of one finds it in
 # the cache. Measured on an H200, with the one-launch kernel beside.
 _LONG_ROW, _SHORT_ROW = 128 << 10, 16 << 10
-# Below this many rows a processor a program takes one span.
-_FEW_ROWS = 1
 # Run-time values of a step: none of them may make a new kernel.
 RUN_TIME = [
     "n_rows", "rows_per_batch", "batch_stride", "row_stride", "out_batch_stride", "out_row_stride",
@@ -56,12 +61,22 @@ def _fold(m, total, dot, u, k, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def span_statistics(
-    base, start, stop, column_stride, k, scale, cap,
-    LOADS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr,
-    KEEP: tl.constexpr,
+def merge_lanes(m, total, dot):
+    """Scalars (shift, sum, dot) of all lanes."""
+    shift = tl.max(m, axis=0)
+    move = m - shift
+    weight = tl.exp2(move)
+    total, dot = pair_sums(weight * total, weight * tl.fma(move, total, dot))
+    return shift, total, dot
+
+
+@triton.jit
+def row_statistics(
+    base, stop, column_stride, k, scale, cap,
+    LOADS: tl.constexpr, EVEN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    COMPUTE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """(shift, sum, dot) [LANES] of the columns [start, stop) of a row. UNROLL: tiles on their way at a time, 1 or 2."""
+    """(shift, sum, dot) of a row of `stop` columns. UNROLL: tiles on their way at a time, 1 or 2."""
     m = tl.full((LANES,), LOWEST, COMPUTE)
     total = tl.zeros((LANES,), COMPUTE)
     dot = tl.zeros((LANES,), COMPUTE)
@@ -70,48 +85,25 @@ def span_statistics(
     # A shifted tile reads one vector more than it holds: the row must go on behind it.
     behind: tl.constexpr = vector if LOADS == "shifted" else 0
     step: tl.constexpr = UNROLL * tile
-    whole = start + tl.maximum(stop - start - behind, 0) // step * step
-    for first in range(start, whole, step):
-        u = load_tile(base, first, stop, column_stride, scale, cap, False, LOADS, HAS_SOFTCAP, LANES, COMPUTE, KEEP)
+    whole = tl.maximum(stop - behind, 0) // step * step
+    for first in range(0, whole, step):
+        u = load_tile(
+            base, first, stop, column_stride, scale, cap, False, LOADS, EVEN, HAS_SOFTCAP, LANES, COMPUTE, KEEP
+        )
         if UNROLL == 2:
             v = load_tile(
-                base, first + tile, stop, column_stride, scale, cap, False, LOADS, HAS_SOFTCAP, LANES, COMPUTE, KEEP
-            )
+                base, first + tile, stop, column_stride, scale, cap, False, LOADS, EVEN, HAS_SOFTCAP, LANES, COMPUTE,
+                KEEP,
+            )  # fmt: skip
         m, total, dot = _fold(m, total, dot, u, k, COMPUTE)
         if UNROLL == 2:
             m, total, dot = _fold(m, total, dot, v, k, COMPUTE)
     for first in range(whole, stop, tile):
-        u = load_tile(base, first, stop, column_stride, scale, cap, True, LOADS, HAS_SOFTCAP, LANES, COMPUTE, KEEP)
-        m, total, dot = _fold(m, total, dot, u, k, COMPUTE)
-    return m, total, dot
-
-
-@triton.jit
-def merge_lanes(m, total, dot, LANES: tl.constexpr):
-    """Scalars (shift, sum, dot) of all lanes."""
-    shift = tl.max(m, axis=0)
-    move = m - shift
-    weight = tl.exp2(move)
-    return shift, pair_sum(weight * total, LANES), pair_sum(weight * tl.fma(move, total, dot), LANES)
-
-
-@triton.jit
-def row_statistics(
-    base, n_columns, column_stride, k, scale, cap,
-    LOADS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    COMPUTE: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """(shift, sum, dot) of a whole row by one program."""
-    m = tl.full((LANES,), LOWEST, COMPUTE)
-    total = tl.zeros((LANES,), COMPUTE)
-    dot = tl.zeros((LANES,), COMPUTE)
-    for start in range(0, n_columns, SPAN):
-        stop = tl.minimum(start + SPAN, n_columns)
-        m_span, total_span, dot_span = span_statistics(
-            base, start, stop, column_stride, k, scale, cap, LOADS, HAS_SOFTCAP, LANES, UNROLL, COMPUTE, KEEP
+        u = load_tile(
+            base, first, stop, column_stride, scale, cap, True, LOADS, EVEN, HAS_SOFTCAP, LANES, COMPUTE, KEEP
         )
-        m, total, dot = merge_statistics(m, total, dot, m_span, total_span, dot_span)
-    return merge_lanes(m, total, dot, LANES)
+        m, total, dot = _fold(m, total, dot, u, k, COMPUTE)
+    return merge_lanes(m, total, dot)
 
 
 @triton.jit
@@ -178,7 +170,7 @@ def row_statistics_kernel(
     n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
     temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64, logit_scale: tl.float64,
     softcap: tl.float64, first_column: tl.int64, state_stride: tl.int64,
-    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a row. Grid (rows,). The logits are the columns from first_column on of a wider vocabulary.
@@ -198,7 +190,7 @@ def row_statistics_kernel(
     cap = tl.full((), softcap, COMPUTE)
     base = row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride)
     shift, total, dot = row_statistics(
-        base, n_columns, column_stride, k, scale, cap, LOADS, HAS_SOFTCAP, SPAN, LANES, UNROLL, COMPUTE, ""
+        base, n_columns, column_stride, k, scale, cap, LOADS, EVEN, HAS_SOFTCAP, LANES, UNROLL, COMPUTE, ""
     )
     _finish(
         base, target, state_ptr, shift, total, dot, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, row, n_columns,
@@ -206,97 +198,21 @@ def row_statistics_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def span_statistics_kernel(
-    logits_ptr, targets_ptr, temperature_ptr, partial_ptr,
-    n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
-    temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64, logit_scale: tl.float64,
-    softcap: tl.float64,
-    HAS_SOFTCAP: tl.constexpr, LOADS: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Lane states of one span of a row. Grid (rows, spans); partial is [rows, spans, 3, LANES]."""
-    row32 = tl.program_id(0)
-    row = row32.to(tl.int64)
-    span = tl.program_id(1)
-    if tl.load(targets_ptr + row).to(tl.int64) == ignore_index:
-        return
-    k = exponent_scale_of(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
-    scale = tl.full((), logit_scale, COMPUTE)
-    cap = tl.full((), softcap, COMPUTE)
-    base = row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride)
-    start = span * SPAN
-    m, total, dot = span_statistics(
-        base, start, tl.minimum(start + SPAN, n_columns), column_stride, k, scale, cap, LOADS, HAS_SOFTCAP, LANES,
-        UNROLL, COMPUTE, "",
-    )  # fmt: skip
-    out = partial_ptr + (row * tl.num_programs(1) + span) * (3 * LANES) + tl.arange(0, LANES)
-    tl.store(out, m)
-    tl.store(out + LANES, total)
-    tl.store(out + 2 * LANES, dot)
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def merge_spans_kernel(
-    logits_ptr, targets_ptr, temperature_ptr, partial_ptr, state_ptr, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr,
-    n_columns, rows_per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, column_stride,
-    temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64, logit_scale: tl.float64,
-    softcap: tl.float64, first_column: tl.int64, state_stride: tl.int64,
-    HAS_SOFTCAP: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Merges the spans of a row as row_statistics does. Grid (rows,)."""
-    row32 = tl.program_id(0)
-    row = row32.to(tl.int64)
-    target = tl.load(targets_ptr + row).to(tl.int64)
-    if target == ignore_index:
-        if LAST:
-            store_zeros(logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, row)
-        return
-    m = tl.full((LANES,), LOWEST, COMPUTE)
-    total = tl.zeros((LANES,), COMPUTE)
-    dot = tl.zeros((LANES,), COMPUTE)
-    spans = tl.cdiv(n_columns, SPAN)
-    part = partial_ptr + row * spans * (3 * LANES) + tl.arange(0, LANES)
-    for _ in range(0, spans):
-        m, total, dot = merge_statistics(
-            m, total, dot, tl.load(part), tl.load(part + LANES), tl.load(part + 2 * LANES)
-        )
-        part += 3 * LANES
-    shift, total_all, dot_all = merge_lanes(m, total, dot, LANES)
-    k = exponent_scale_of(exponent_scale, temperature_ptr, temperature_stride, row, COMPUTE)
-    _finish(
-        row_pointer(logits_ptr, row32, rows_per_batch, batch_stride, row_stride), target, state_ptr, shift,
-        total_all, dot_all, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, row, n_columns, column_stride, k,
-        tl.full((), logit_scale, COMPUTE), tl.full((), softcap, COMPUTE), first_column, state_stride, HAS_SOFTCAP,
-        FIRST, LAST, COMPUTE,
-    )  # fmt: skip
-
-
 def fold_statistics(
     logits: Tensor, targets: Tensor, transform: Transform, results: tuple[Tensor, ...], *, first_column: int = 0,
-    first: bool = True, last: bool = True, state: Tensor | None = None,
+    vocabulary: int | None = None, first: bool = True, last: bool = True, state: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Folds logits [batch, rows, columns] into the rows' statistics; see ops.token_logprobs."""
-    rows, columns = targets.numel(), logits.shape[-1]
-    lanes, spans = lanes_of(columns, logits.element_size()), triton.cdiv(columns, SPAN)
-    shared = (columns, *row_arguments(logits, transform))
-    end = (first_column, 0 if state is None else state.stride(0))
-    words = {"HAS_SOFTCAP": bool(transform.softcap), "SPAN": SPAN, "LANES": lanes,
-             "COMPUTE": triton_dtype(logits.dtype), "num_warps": warps_of(lanes), **VOCABULARY_OPTIONS}  # fmt: skip
-    ends = {"FIRST": first, "LAST": last}
-    inputs = (logits, targets, transform.temperature)
+    # Of the whole vocabulary, not of the tile: how that is cut depends on the number of rows.
+    lanes = lanes_of(vocabulary or logits.shape[-1], logits.element_size())
     with device_guard(logits):
-        if spans == 1 or rows > _FEW_ROWS * processors(logits.device):
-            row_statistics_kernel[(rows,)](
-                *inputs, state, *results, *shared, *end, LOADS=loads_of(logits), UNROLL=_UNROLL, **words, **ends
-            )
-            return
-        partial = torch.empty((rows, spans, 3, lanes), dtype=results[0].dtype, device=logits.device)
-        span_statistics_kernel[(rows, spans)](
-            *inputs, partial, *shared, LOADS=loads_of(logits), UNROLL=_UNROLL, **words
-        )
-        merge_spans_kernel[(rows,)](*inputs, partial, state, *results, *shared, *end, **words, **ends)
+        row_statistics_kernel[(targets.numel(),)](
+            logits, targets, transform.temperature, state, *results, logits.shape[-1],
+            *row_arguments(logits, transform), first_column, 0 if state is None else state.stride(0),
+            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), EVEN=is_even(logits), LANES=lanes,
+            UNROLL=_UNROLL, FIRST=first, LAST=last, COMPUTE=triton_dtype(logits.dtype), num_warps=warps_of(lanes),
+            **VOCABULARY_OPTIONS, **registers(_REGISTERS),
+        )  # fmt: skip
 
 
 def warps_of(lanes: int) -> int:

@@ -87,14 +87,38 @@ def _funnel(low, high, bits):
 
 
 @triton.jit
-def _load_words(base, first, stop, MASKED: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr):
-    """Words [LANES, 2] of the columns from `first` on; MASKED reads no word past the one that holds column stop - 1."""
-    elements: tl.constexpr = 64 // base.dtype.element_ty.primitive_bitwidth
-    index = (tl.arange(0, LANES) * 2)[:, None] + tl.arange(0, 2)[None, :]
+def _nothing(FLOAT: tl.constexpr):
+    """A 64-bit word of -inf."""
+    if FLOAT == tl.bfloat16:
+        return tl.full((), 0xFF80FF80FF80FF80, tl.uint64)
+    elif FLOAT == tl.float16:
+        return tl.full((), 0xFC00FC00FC00FC00, tl.uint64)
+    elif FLOAT == tl.float32:
+        return tl.full((), 0xFF800000FF800000, tl.uint64)
+    else:
+        return tl.full((), 0xFFF0000000000000, tl.uint64)
+
+
+@triton.jit
+def _load_words(
+    base, first, stop, MASKED: tl.constexpr, LOADS: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Words [LANES, 2] of the columns from `first` on; MASKED reads no word past the one that holds column stop - 1.
+
+    A word that is not read is -inf.
+    """
+    FLOAT: tl.constexpr = base.dtype.element_ty
+    elements: tl.constexpr = 64 // FLOAT.primitive_bitwidth
+    lane = (tl.arange(0, LANES) * 2)[:, None]
+    index = lane + tl.arange(0, 2)[None, :]
+    # Whole vectors are masked as such, and stay one load.
+    step = lane if EVEN else index
     if LOADS == "aligned":
         words = tl.multiple_of((base + first).to(tl.pointer_type(tl.uint64), bitcast=True), 16)
         if MASKED:
-            return tl.load(words + index, mask=first + index * elements < stop, other=0, eviction_policy=KEEP)
+            inside = (first + step * elements < stop) & (index >= 0)
+            return tl.load(words + index, mask=inside, other=_nothing(FLOAT), eviction_policy=KEEP)
         else:
             return tl.load(words + index, eviction_policy=KEEP)
     else:
@@ -102,8 +126,10 @@ def _load_words(base, first, stop, MASKED: tl.constexpr, LOADS: tl.constexpr, LA
         words = tl.multiple_of((base - skip + first).to(tl.pointer_type(tl.uint64), bitcast=True), 16)
         if MASKED:
             last = stop - 1 + skip - first
-            here = tl.load(words + index, mask=index * elements <= last, other=0, eviction_policy=KEEP)
-            after = tl.load(words + 2 + index, mask=(index + 2) * elements <= last, other=0, eviction_policy=KEEP)
+            inside = index * elements <= last
+            here = tl.load(words + index, mask=inside, other=_nothing(FLOAT), eviction_policy=KEEP)
+            inside = (index + 2) * elements <= last
+            after = tl.load(words + 2 + index, mask=inside, other=_nothing(FLOAT), eviction_policy=KEEP)
         else:
             here = tl.load(words + index, eviction_policy=KEEP)
             after = tl.load(words + 2 + index, eviction_policy=KEEP)
@@ -131,13 +157,13 @@ def _load_strided(base, first, stop, stride, offset, LANES: tl.constexpr):
 @triton.jit
 def load_tile(
     base, first, stop, column_stride, logit_scale, softcap,
-    MASKED: tl.constexpr, LOADS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr,
-    KEEP: tl.constexpr,
+    MASKED: tl.constexpr, LOADS: tl.constexpr, EVEN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+    COMPUTE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Capped logits u of a tile in the compute dtype; a column from `stop` on is -inf, so that it weighs nothing.
 
     LOADS: "aligned" where every row starts on 16 bytes, "shifted" where it may not, "strided" where columns are apart.
-    KEEP: the cache's eviction policy.
+    EVEN: the columns are whole 16-byte vectors. KEEP: the cache's eviction policy.
     """
     FLOAT: tl.constexpr = base.dtype.element_ty
     elements: tl.constexpr = 64 // FLOAT.primitive_bitwidth
@@ -154,10 +180,10 @@ def load_tile(
             z = tl.join(even, odd)
         z = z.to(COMPUTE)
     else:
-        z = _unpack(_load_words(base, first, stop, MASKED, LOADS, LANES, KEEP), FLOAT)
+        z = _unpack(_load_words(base, first, stop, MASKED, LOADS, EVEN, LANES, KEEP), FLOAT)
     if HAS_SOFTCAP:
         z = softcapped(z * logit_scale, softcap, COMPUTE)
-    if MASKED and LOADS != "strided":
+    if MASKED and not (LOADS == "strided" or (LOADS == "aligned" and EVEN)):
         z = tl.where(tile_columns(first, LANES, FLOAT) < stop, z, float("-inf"))
     return z
 
@@ -186,9 +212,17 @@ def per_lane(x, like):
 
 
 @triton.jit
-def pair_sum(x, LANES: tl.constexpr):
-    """The sum of [LANES], neighbours first: pair by pair, in an order that no layout changes."""
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def pair_sums(x, y):
+    """The sums of two [LANES], neighbours first: pair by pair, in an order that no layout changes."""
     for _ in tl.static_range(11):
         if x.shape[0] > 1:
-            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
-    return tl.sum(x, axis=0)
+            pairs = (tl.reshape(x, (x.shape[0] // 2, 2)), tl.reshape(y, (y.shape[0] // 2, 2)))
+            both = tl.reduce(pairs, 1, _add_both)
+            x = both[0]
+            y = both[1]
+    return tl.sum(x, axis=0), tl.sum(y, axis=0)
