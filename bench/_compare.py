@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from functools import partial
 from pathlib import Path
 
@@ -50,11 +51,17 @@ def peak_in_a_process(problem: Problem, provider: harness.Provider, args: argpar
 
 
 def compare(problems: list[Problem], args: argparse.Namespace, repeats: int, path: Path) -> None:
-    """Writes the rows of all providers on all problems, after each problem those so far; a table of each on stdout."""
-    device = args.device
+    """Writes the rows of all providers on all problems, after each problem those so far; a table of each on stdout.
+
+    After args.limit seconds no further problem is begun.
+    """
+    device, end = args.device, time.monotonic() + args.limit
     known = harness.ceilings(device, {problem.dtype for problem in problems}, args.quick)
     rows = []
-    for problem in problems:
+    for position, problem in enumerate(problems):
+        if time.monotonic() > end:
+            print(f"\nout of time: {', '.join(map(str, problems[position:]))}")
+            break
         listed = providers.table(problem)
         torch.compiler.reset()  # a shape of its own for each, and no limit on how many
         batch = providers.inputs(problem, device)

@@ -1,9 +1,7 @@
-"""What bench.on_gpu checks and tunes in its own process: full-size correctness, determinism, and block sizes."""
+"""What bench.on_gpu checks in its own process: every preset by every route against fp64, and determinism."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +9,17 @@ from torch import Tensor
 
 import a3po_kernels
 import reference
-from a3po_kernels.ops import token_logprobs as kernels
-from bench import harness
 from reference import loss as reference_loss
 from reference.batch import read_batch
 
 PRESETS = (
     "grpo", "dr_grpo", "dapo", "psr", "nsr", "w_reinforce", "fork_tokens", "lp_reg", "a3po", "gspo", "cispo", "sapo",
 )  # fmt: skip
-ROUTES = ("logits", "logits in place", "linear one-pass", "linear recompute")
+LOGITS_ROUTES = ("logits", "logits in place", "logits one-launch", "logits two-stage")
+ROUTES = (*LOGITS_ROUTES, "linear one-pass", "linear recompute")
+# Their coefficients depend on other tokens' current statistics: policy_loss refuses route="one-launch".
+TWO_STAGES = ("fork_tokens", "lp_reg", "gspo")
+WHOLE_BATCH = ("fork_tokens", "lp_reg")  # in one chunk, to be formed in one pass
 SLICE = 32  # rows (and columns of the weight's gradient) that are compared
 # Twice what rounding the output once to this dtype may cost.
 GRADIENT_BOUND = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
@@ -97,8 +97,40 @@ def relative(found: Tensor, right: Tensor) -> float:
     return (found.double() - right).norm().item() / (norm or 1.0)
 
 
+def logits_loss(case: Case, route: str, **options) -> tuple[a3po_kernels.PolicyLossOutput, Tensor]:
+    """policy_loss by one of LOGITS_ROUTES, and the leaf that gets the gradient."""
+    kind = route.removeprefix("logits").strip()
+    leaf = case.logits.clone().requires_grad_()
+    source = leaf.view_as(leaf)  # a leaf itself may not be written in place
+    out = a3po_kernels.policy_loss(
+        source, case.batch["targets"], case.batch["advantages"], inplace_backward=kind == "in place",
+        route=kind if kind in ("one-launch", "two-stage") else "auto", **options,
+    )  # fmt: skip
+    return out, leaf
+
+
+def chunk_bytes(case: Case, preset: str) -> int:
+    """What a one-pass chunk takes: the batch where it must be whole, else two of its eight rollouts."""
+    whole = case.logits.numel() * case.logits.element_size()
+    return whole if preset in WHOLE_BATCH else whole // 4
+
+
+def refused(case: Case, preset: str, route: str) -> dict:
+    """That policy_loss says no where one launch cannot know a token's coefficient."""
+    said = None
+    try:
+        objective = getattr(a3po_kernels, preset)()
+        given = {name: case.batch[name] for name in ("old_logprobs", "min_p_logprobs")}
+        logits_loss(case, route, objective=objective, **given)
+    except ValueError as error:
+        said = str(error)
+    return {"preset": preset, "route": route, "refused": said, "passed": said is not None and "one-launch" in said}
+
+
 def check(case: Case, preset: str, route: str, right: tuple[float, Tensor, Tensor]) -> dict:
     """One preset by one route against `right`, its expected(): errors, their bounds, and whether all hold."""
+    if route == "logits one-launch" and preset in TWO_STAGES:
+        return refused(case, preset, route)
     loss, d_logp, d_entropy = right
     objective = getattr(a3po_kernels, preset)()
     targets, advantages = case.batch["targets"], case.batch["advantages"]
@@ -110,12 +142,7 @@ def check(case: Case, preset: str, route: str, right: tuple[float, Tensor, Tenso
     rows.scatter_add_(1, flat[case.rows, None], d_logp[case.rows, None])
     dtype = case.logits.dtype
     if route.startswith("logits"):
-        inplace = route.endswith("place")
-        leaf = case.logits.clone().requires_grad_()
-        source = leaf.view_as(leaf) if inplace else leaf
-        out = a3po_kernels.policy_loss(
-            source, targets, advantages, objective=objective, inplace_backward=inplace, **rest
-        )
+        out, leaf = logits_loss(case, route, objective=objective, **rest)
         out.loss.backward()
         errors = {"logits gradient": relative(leaf.grad.flatten(0, 1)[case.rows], rows)}
         statistic_bound = 1e-4
@@ -123,8 +150,9 @@ def check(case: Case, preset: str, route: str, right: tuple[float, Tensor, Tenso
         hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
         name = route.split()[1]
         out = a3po_kernels.linear_policy_loss(
-            hidden, weight, targets, advantages, objective=objective, route=name, **rest
-        )
+            hidden, weight, targets, advantages, objective=objective, route=name,
+            max_chunk_bytes=chunk_bytes(case, preset), **rest,
+        )  # fmt: skip
         out.loss.backward()
         share = case.probabilities
         columns = -d_logp[:, None] * share - d_entropy[:, None] * share * (share.log() + case.entropy[:, None])
@@ -141,18 +169,23 @@ def check(case: Case, preset: str, route: str, right: tuple[float, Tensor, Tenso
     held = all(value <= bound for value in errors.values()) and error <= statistic_bound
     # A mean over the tokens: what their log-probs lose by rounding either way cancels.
     held = held and abs(out.loss.item() - loss) <= max(statistic_bound / 16, 1e-4)
+    forced = route.split(" ", 1)[-1]
+    if forced in ("one-launch", "two-stage", "one-pass", "recompute"):
+        held = held and out.route == forced
     return {
-        "preset": preset, "route": route, "loss": out.loss.item(), "loss_fp64": loss, "mean_logprob_error": error,
-        "gradient_errors": errors, "gradient_bound": bound, "passed": bool(held),
+        "preset": preset, "route": route, "taken": out.route, "loss": out.loss.item(), "loss_fp64": loss,
+        "mean_logprob_error": error, "gradient_errors": errors, "gradient_bound": bound, "passed": bool(held),
     }  # fmt: skip
 
 
-def check_all(rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
+def check_all(
+    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device, presets=PRESETS, routes=ROUTES
+) -> list[dict]:
     case = make_case(rows, vocabulary, width, dtype, device)
     found = []
-    for preset in PRESETS:
+    for preset in presets:
         right = expected(case, preset)
-        found += [check(case, preset, route, right) for route in ROUTES]
+        found += [check(case, preset, route, right) for route in routes]
     return found
 
 
@@ -166,11 +199,7 @@ def deterministic(rows: int, vocabulary: int, width: int, dtype: torch.dtype, de
         def run(route=route) -> list[Tensor]:
             common = {"objective": a3po_kernels.a3po(), "old_logprobs": old}
             if route.startswith("logits"):
-                leaves = [case.logits.clone().requires_grad_()]
-                source = leaves[0].view_as(leaves[0])
-                out = a3po_kernels.policy_loss(
-                    source, targets, advantages, inplace_backward=route.endswith("place"), **common
-                )
+                out, *leaves = logits_loss(case, route, **common)
             else:
                 leaves = [x.clone().requires_grad_() for x in (case.hidden, case.weight)]
                 out = a3po_kernels.linear_policy_loss(*leaves, targets, advantages, route=route.split()[1], **common)
@@ -183,52 +212,3 @@ def deterministic(rows: int, vocabulary: int, width: int, dtype: torch.dtype, de
     alone = a3po_kernels.token_logprobs(case.logits[2:3, 3:5].contiguous(), targets[2:3, 3:5])
     same = all(torch.equal(a[2:3, 3:5], b) for a, b in zip(whole, alone, strict=True))
     return [*found, {"check": "same bits alone and among other rows", "passed": same}]
-
-
-FORWARD = {"_LANES": (128, 256, 512), "_WARPS": (2, 4, 8), "SPLIT": (16384, 32768, 65536)}
-GRADIENT = {"_GRADIENT_BYTES": (8192, 16384, 32768), "_GRADIENT_WARPS": (4, 8)}
-
-
-def tune(
-    rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, copy_rate: float, quick: bool
-) -> list[dict]:
-    """A row for each configuration of the two vocabulary kernels: ms, bytes a second, whether it was the fastest."""
-    logits = torch.randn(1, rows, vocabulary, device=device).to(dtype)
-    targets = torch.randint(0, vocabulary, (1, rows), device=device)
-
-    def forward() -> None:
-        a3po_kernels.token_logprobs(logits, targets)
-
-    leaf = logits.requires_grad_()
-    stats = a3po_kernels.token_logprobs(leaf, targets)
-
-    def backward() -> None:
-        torch.autograd.grad(stats.logprobs, leaf, torch.ones_like(stats.logprobs), retain_graph=True)
-
-    found = []
-    for name, call, choices, passes in (("statistics", forward, FORWARD, 1), ("gradient", backward, GRADIENT, 2)):
-        before = {key: getattr(kernels, key) for key in choices}
-        tried = []
-        combinations = list(itertools.product(*choices.values()))
-        for values in combinations[:2] if quick else combinations:
-            setting = dict(zip(choices, values, strict=True))
-            try:
-                for key, value in setting.items():
-                    setattr(kernels, key, value)
-                call()
-                times = []
-                for _ in range(3 if quick else 15):
-                    harness.flush_cache(device)
-                    times.append(harness.timed(call, device))
-                median = statistics.median(times)
-                rate = passes * logits.numel() * logits.element_size() / (median / 1e3)
-                row = {"median_ms": median, "gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / copy_rate}
-            except Exception as error:  # a configuration may not compile or fit
-                row = {"median_ms": None, "failed": str(error)[:200]}
-            finally:
-                for key, value in before.items():
-                    setattr(kernels, key, value)
-            tried.append({"kernel": name, **setting, "default": setting == before, **row})
-        fastest = min((row["median_ms"] for row in tried if row["median_ms"] is not None), default=None)
-        found += [{**row, "fastest": row["median_ms"] is not None and row["median_ms"] == fastest} for row in tried]
-    return found

@@ -17,21 +17,12 @@ from bench.harness import Problem
 def problems(device: torch.device, quick: bool) -> list[Problem]:
     if device.type == "cuda":
         half = torch.bfloat16
+        first = [Problem("linear", 8320, 151936, 4096, half, active_fraction=f) for f in (1.0, 0.2)]
         if quick:
-            return [Problem("linear", 8320, 128256, 4096, half)]
-        sizes = [
-            (8320, 128256, 4096),
-            (8320, 151936, 4096),
-            (8320, 32000, 4096),
-            (8320, 151936, 1536),
-            (4160, 262144, 2048),
-        ]
-        found = [Problem("linear", n, v, h, half) for n, v, h in sizes]
-        return [
-            *found[:1],
-            *(Problem("linear", 8320, 128256, 4096, half, active_fraction=f) for f in (0.2, 0.5)),
-            *found[1:],
-        ]
+            return first
+        sizes = [(8320, 128256, 4096), (8320, 32000, 4096), (8320, 151936, 1536), (4160, 262144, 2048)]
+        half_active = Problem("linear", 8320, 151936, 4096, half, active_fraction=0.5)
+        return [*first, half_active, *(Problem("linear", n, v, h, half) for n, v, h in sizes)]
     if quick:
         return [Problem("linear", 120, 32000, 128)]
     dense = [Problem("linear", 600, 32000, 512), Problem("linear", 300, 32000, 512, torch.bfloat16)]

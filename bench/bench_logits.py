@@ -18,10 +18,10 @@ def problems(device: torch.device, quick: bool) -> list[Problem]:
     if device.type == "cuda":
         if quick:
             return [Problem("logits", 8320, 151936, dtype=torch.bfloat16)]
-        sizes = [(2080, 151936), (8320, 32000), (8320, 128256), (8320, 151936), (4160, 262144), (33280, 32000)]
+        sparse = [Problem("logits", 8320, 151936, dtype=torch.bfloat16, active_fraction=f) for f in (1.0, 0.2, 0.5)]
+        sizes = [(8320, 128256), (33280, 32000), (4160, 262144), (2080, 151936), (8320, 32000)]
         found = [Problem("logits", n, v, dtype=torch.bfloat16) for n, v in sizes]
-        sparse = [Problem("logits", 8320, 151936, dtype=torch.bfloat16, active_fraction=f) for f in (0.2, 0.5)]
-        return [*found, *sparse, Problem("logits", 4160, 128256, dtype=torch.float32)]
+        return [*sparse, *found, Problem("logits", 4160, 128256, dtype=torch.float32)]
     if quick:
         return [Problem("logits", 120, 32000)]
     sizes = [(1020, 32000, torch.float32), (1020, 32000, torch.bfloat16), (210, 151936, torch.float32)]

@@ -1,4 +1,7 @@
-"""GPUs by their makers' data sheets, and the two times that no kernel can beat on them. Arithmetic, not measurement."""
+"""GPUs by their makers' data sheets: the two times that no kernel can beat, and the warps that a core can hold.
+
+Arithmetic, not measurement.
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,37 @@ GPUS = (
     Gpu("B200", "sm_100", 148, 128, 1.965e9, 8.0e12),
     Gpu("MI300X", "gfx942", 304, 64, 2.1e9, 5.3e12),
 )
+
+
+@dataclass(frozen=True)
+class Core:
+    """What an SM (a CDNA compute unit) holds: `registers` of 4 bytes a lane-wide file, shared memory in bytes.
+
+    Registers are given to a warp `granularity` at a time, counted per thread; a program takes `reserved` bytes of
+    shared memory beside its own. A CDNA unit has four register files, of which a warp sees one.
+    """
+
+    warp: int
+    warps: int
+    programs: int
+    registers: int
+    granularity: int
+    shared: int
+    reserved: int
+    files: int = 1
+
+    def resident_warps(self, registers: int, warps: int, shared: int) -> int:
+        """Warps at once, of programs of so many warps with so many registers a thread and bytes of shared memory."""
+        per_thread = -(-max(registers, 1) // self.granularity) * self.granularity
+        by_registers = self.files * (self.registers // self.files // (per_thread * self.warp)) // warps
+        by_shared = self.shared // (shared + self.reserved) if shared + self.reserved else self.programs
+        return warps * min(by_registers, by_shared, self.warps // warps, self.programs)
+
+
+# CUDA's occupancy tables; AMD's CDNA 3 ISA: 512 vector registers a lane of each SIMD, 8 wavefronts a SIMD.
+CORES = {
+    "sm_80": Core(32, 64, 32, 65536, 8, 164 * 1024, 1024),
+    "sm_90": Core(32, 64, 32, 65536, 8, 228 * 1024, 1024),
+    "sm_100": Core(32, 64, 32, 65536, 8, 228 * 1024, 1024),
+    "gfx942": Core(64, 32, 32, 4 * 512 * 64, 8, 64 * 1024, 0, files=4),
+}

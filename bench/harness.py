@@ -57,6 +57,7 @@ SCHEMA = {
     "threads": "torch's threads on a CPU; null on a GPU",
     "versions": "of python, torch, triton, and the provider's package",
     "commit": "of this repository, with + for uncommitted changes",
+    "run": "which of the file's runs: providers take turns within one, and the times of two are not compared",
 }
 
 
@@ -82,7 +83,8 @@ class Problem:
 class Provider:
     """forward(batch) gives the loss; `needs` are packages, `cuda` whether it has no CPU path.
 
-    `prepare` changes a batch to what it takes, untimed; `inplace` ones spoil their logits and get others each time.
+    `prepare` changes a batch to what it takes, untimed; `inplace` ones spoil their logits and get others each time;
+    `dapo`: whether its loss is DAPO's, as eager's is.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Provider:
     needs: tuple[str, ...] = ()
     cuda: bool = False
     inplace: bool = False
+    dapo: bool = True
     prepare: Callable[[dict], dict] = field(default=lambda batch: batch)
     note: str | None = None
     only: Callable[[Problem], bool] = field(default=lambda problem: True)
@@ -267,7 +270,7 @@ def make_rows(
             row = dict.fromkeys(SCHEMA)
             row |= {**asdict(problem), "dtype": dtype_name(problem.dtype), "provider": provider.name, "mode": mode}
             row |= {"note": provider.note, "baseline": baseline, "limit_bytes": moved, "limit_flops": operations}
-            row |= environment(device, provider.needs)
+            row |= {**environment(device, provider.needs), "run": 1}
             if provider.name in times:
                 values = times[provider.name][mode]
                 against = times[baseline][mode] if baseline in times else values
@@ -364,6 +367,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one small problem, few repeats")
     parser.add_argument("--repeats", type=int, help="measured calls")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch, on a CPU")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing is begun")
     parser.add_argument("--folder", type=Path, help="where the rows go; default bench/results/<device>")
     return parser
 
@@ -380,6 +384,6 @@ def in_a_process(call: Callable, *values):
     # glibc would keep freed tensors below 32 MB for later, and the resident memory would not show them.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench._compare", "trl.kernels.chunked_logprob", "liger_kernel.chunked_loss"])
+    context.set_forkserver_preload(["bench._compare", "transformers.utils", "liger_kernel.chunked_loss"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(call, *values).result()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bench import trl_kernels
 from bench.gpus import LIMIT_VOCABULARY
 from bench.harness import version
-from bench.machine_code import Case
+from bench.kernel_case import Case
 
 
 def _case(
@@ -16,8 +17,7 @@ def _case(
 
 
 def _trl() -> list[Case]:
-    from trl.kernels import chunked_logprob, logprob_entropy
-
+    chunked_logprob, logprob_entropy = (trl_kernels.load(name) for name in ("chunked_logprob", "logprob_entropy"))
     source = f"trl {version('trl')}"
     strides = ("logits_batch_stride", "logits_row_stride", "index_batch_stride", "index_row_stride")
     logits = _case(

@@ -1,8 +1,8 @@
 """Who is measured: this package by each of its routes, plain PyTorch, torch.compile, and the peers as published.
 
 Every provider of "logits" and "linear" computes DAPO (clip 0.2 / 0.28, mean over the tokens) with the entropy as a
-metric unless its note says what it leaves out. A batch is a dictionary: logits, or hidden and weight (leaves that want
-a gradient), targets [B, T], advantages [B], old [B, T].
+metric unless its note says what it leaves out or does otherwise. A batch is a dictionary: logits, or hidden and weight
+(leaves that want a gradient), targets [B, T], advantages [B], old [B, T].
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ import torch
 from torch import Tensor
 
 import a3po_kernels
+from bench import peers
 from bench.harness import Problem, Provider
+from bench.peers import dapo_loss
 
 ROLLOUTS = 10  # the GPU sizes are multiples of 10 and of 64: quack wants N a multiple of 8
-
-
-def dapo_loss(logp: Tensor, batch: dict) -> Tensor:
-    advantages = batch["advantages"].unsqueeze(-1)
-    ratio = (logp - batch["old"]).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28)).mean()
 
 
 def _formula(log_p: Tensor, targets: Tensor, advantages: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,92 +63,52 @@ def ours(objective=None, **options):
         common = {"objective": objective, "old_logprobs": batch["old"], **options}
         if "logits" in batch:
             return a3po_kernels.policy_loss(batch["logits"], *rest, **common).loss
+        if "plan" in batch:
+            common["plan"] = batch["plan"]
         return a3po_kernels.linear_policy_loss(batch["hidden"], batch["weight"], *rest, **common).loss
 
     return forward
 
 
-def trl_logits(batch: dict) -> Tensor:
-    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
-
-    logp, _ = selective_log_softmax_and_entropy(batch["logits"], batch["targets"])
-    return dapo_loss(logp, batch)
-
-
-def trl_head(columns: int):
-    def forward(batch: dict) -> Tensor:
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-        flat, targets = batch["hidden"].flatten(0, 1), batch["targets"].flatten()
-        logp, *_ = ChunkedLogProbFunction.apply(
-            flat, batch["weight"], None, targets, 1.0, columns, None, 1.0, ("entropy",)
-        )
-        return dapo_loss(logp.view(batch["targets"].shape), batch)
-
-    return forward
+def planned(batch: dict) -> dict:
+    """The batch with the plan of its rows, as a trainer makes it when it has the advantages."""
+    every, device = torch.ones_like(batch["targets"], dtype=torch.bool), batch["targets"].device
+    plan = a3po_kernels.plan_rows(every, batch["advantages"], objective=a3po_kernels.dapo(), device=device)
+    return {**batch, "plan": plan}
 
 
-def one_position_more(batch: dict) -> dict:
-    """Liger takes logits [B, T + 1, V] for T tokens."""
-    return {**batch, "logits": torch.nn.functional.pad(batch["logits"], (0, 0, 0, 1))}
+class _Products(torch.autograd.Function):
+    """hidden [N, H] @ weight [V, H], and both gradients of as many rows as are active, from the logits themselves."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, active):
+        logits = hidden @ weight.t()
+        ctx.save_for_backward(hidden[:active], weight, logits[:active])
+        ctx.rows = hidden.shape[0]
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, logits = ctx.saved_tensors
+        d_hidden = hidden.new_zeros(ctx.rows, hidden.shape[1])
+        torch.mm(logits, weight, out=d_hidden[: len(hidden)])
+        return d_hidden, logits.t() @ hidden, None
 
 
-def liger_logits(batch: dict) -> Tensor:
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    return triton_grpo_loss(
-        batch["logits"], batch["old"], None, batch["targets"], batch["advantages"], temperature=1.0, beta=0.0,
-        eps_low=0.2, eps_high=0.28, loss_type="dapo", reduce=True,
-    )[0]  # fmt: skip
+def with_active_rows(batch: dict) -> dict:
+    rollouts = int((batch["advantages"] != 0).sum())  # the first ones, by inputs()
+    return {**batch, "active": rollouts * batch["targets"].shape[1]}
 
 
-@functools.cache
-def _liger_loss():
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    return LigerFusedLinearGRPOLoss(
-        beta=0.0, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo", use_ref_model=False, compiled=True
-    )
-
-
-def liger_head(batch: dict) -> Tensor:
-    mask = torch.ones_like(batch["targets"])
-    return _liger_loss()(
-        batch["hidden"], batch["weight"], batch["targets"], mask, batch["advantages"], old_per_token_logps=batch["old"]
-    )[0]
-
-
-def verl_head(batch: dict) -> Tensor:
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-
-    logp, _ = linear_cross_entropy(batch["hidden"], batch["weight"], batch["targets"], 1.0, "none", None)
-    return dapo_loss(logp.view(batch["targets"].shape), batch)
-
-
-def cce_head(batch: dict) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    loss = linear_cross_entropy(batch["hidden"], batch["weight"], batch["targets"], reduction="none")
-    return dapo_loss(-loss, batch)
-
-
-def quack_logits(batch: dict) -> Tensor:
-    from quack.cross_entropy import cross_entropy
-
-    loss = cross_entropy(batch["logits"].flatten(0, 1), batch["targets"].flatten(), reduction="none")
-    return dapo_loss(-loss.view(batch["targets"].shape), batch)
-
-
-def quack_head(batch: dict) -> Tensor:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy(batch["hidden"].flatten(0, 1), batch["weight"], batch["targets"].flatten())
+def products(batch: dict) -> Tensor:
+    return _Products.apply(batch["hidden"].flatten(0, 1), batch["weight"], batch["active"])
 
 
 BASELINE = "eager"
 _a3po = a3po_kernels.a3po()
 _bonus = a3po_kernels.dapo(entropy_coef=0.01)
 _NO_ENTROPY = "no entropy"
+_FORMED = "the gradient is formed in forward"
 
 
 def _sparse(problem: Problem) -> bool:
@@ -163,44 +119,68 @@ def _half(problem: Problem) -> bool:
     return problem.dtype in (torch.bfloat16, torch.float16)
 
 
+def _bf16(problem: Problem) -> bool:
+    return problem.dtype == torch.bfloat16
+
+
 LOGITS = (
     Provider("eager", eager),
     Provider("torch.compile", compiled),
     Provider("ours", ours()),
-    Provider("ours, a3po", ours(_a3po)),
+    Provider("ours, a3po", ours(_a3po), dapo=False),
     Provider("ours, in place", ours(inplace_backward=True), inplace=True),
-    Provider("ours, entropy bonus", ours(_bonus), note="a gradient of the entropy as well"),
-    Provider("TRL logits kernel", trl_logits, ("trl",), cuda=True),
+    Provider("ours, one-launch", ours(route="one-launch"), note="the gradient is formed in forward"),
+    Provider("ours, two-stage", ours(route="two-stage")),
+    Provider("ours, entropy bonus", ours(_bonus), note="a gradient of the entropy as well", dapo=False),
+    Provider("TRL logits kernel", peers.trl_logits, ("trl",), cuda=True),
     Provider(
-        "Liger Triton GRPO", liger_logits, ("liger-kernel",), cuda=True, inplace=True, prepare=one_position_more,
-        note=_NO_ENTROPY,
+        "Liger Triton GRPO", peers.liger_logits, ("liger-kernel",), cuda=True, inplace=True,
+        prepare=peers.one_position_more, note=_NO_ENTROPY,
     ),
-    Provider("quack cross entropy", quack_logits, ("quack-kernels",), cuda=True, note=_NO_ENTROPY),
-)
+    Provider("quack cross entropy", peers.quack_logits, ("quack-kernels",), cuda=True, note=_NO_ENTROPY),
+)  # fmt: skip
 LINEAR = (
     Provider("eager", eager),
     Provider("torch.compile", compiled),
-    Provider("ours, one pass", ours(route="one-pass"), note="the gradient is formed in forward"),
-    Provider("ours, one pass, a3po", ours(_a3po, route="one-pass"), note="the gradient is formed in forward"),
+    Provider("ours, one pass", ours(route="one-pass"), note=_FORMED),
+    Provider("ours, one pass, a3po", ours(_a3po, route="one-pass"), note=_FORMED, dapo=False),
     Provider("ours, recompute", ours(route="recompute")),
+    Provider(
+        "ours, with a plan", ours(route="one-pass"), only=_sparse, prepare=planned,
+        note="waits for nothing: the rows with a gradient were planned with the batch",
+    ),
+    Provider(
+        "ours, every row", ours(route="one-pass", compaction="none"), only=_sparse,
+        note="rows without a gradient go through the products",
+    ),
     Provider(
         "ours, one pass, active statistics", ours(route="one-pass", statistics="active"), only=_sparse,
         note="no statistics of rows without a gradient, which the limit counts",
     ),
     Provider(
-        "ours, one pass, exact compaction", ours(route="one-pass", compaction="exact"), only=_sparse,
-        note="waits for the number of active rows; the default on a CPU",
+        "three GEMMs alone", products, prepare=with_active_rows, dapo=False,
+        note="logits, dHidden, dWeight of the rows with a gradient, nothing else: the limit as cuBLAS gives it",
     ),
-    Provider("TRL head", trl_head(32768), ("trl",), note="its trainer's tile, 32768 columns"),
-    Provider("TRL head, 8192 columns", trl_head(8192), ("trl",)),
+    Provider("TRL head", peers.trl_head(32768), ("trl",), note="its trainer's tile, 32768 columns"),
+    Provider("TRL head, 8192 columns", peers.trl_head(8192), ("trl",)),
     Provider(
-        "Liger chunked GRPO", liger_head, ("liger-kernel",),
+        "Liger chunked GRPO", peers.liger_head, ("liger-kernel",),
         note="no entropy; the gradient is formed in forward; GEMMs in fp32",
     ),
-    Provider("verl linear_cross_entropy", verl_head, ("verl",), cuda=True),
-    Provider("CCE", cce_head, ("cut-cross-entropy",), cuda=True, only=_half, note="no entropy; drops small gradients"),
     Provider(
-        "quack chunked linear", quack_head, ("quack-kernels",), cuda=True, only=_half,
+        "Liger scaled cross entropy, CuTe", peers.liger_scaled_cute, ("liger-kernel", "nvidia-cutlass-dsl"), cuda=True,
+        only=_bf16, note="log-probs and entropy; the loss in PyTorch",
+    ),
+    Provider(
+        "Liger scaled cross entropy, fallback", peers.liger_scaled_fallback, ("liger-kernel",),
+        note="its PyTorch loop over 512 tokens, where it has no CuTe kernels",
+    ),
+    Provider("verl linear_cross_entropy", peers.verl_head, ("verl",), cuda=True),
+    Provider(
+        "CCE", peers.cce_head, ("cut-cross-entropy",), cuda=True, only=_half, note="no entropy; drops small gradients"
+    ),
+    Provider(
+        "quack chunked linear", peers.quack_head, ("quack-kernels",), cuda=True, only=_half, dapo=False,
         note="mean cross entropy alone: no log-probs, entropy or policy loss",
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -41,16 +42,17 @@ def milliseconds(value: float) -> str:
 
 
 def problems(rows: list[dict]) -> list[tuple]:
-    """The problems of some rows, in their order."""
-    keys = ("rows", "vocabulary", "hidden", "dtype", "active_fraction")
+    """The problems of some rows, in their order; one that was measured twice is two, as their times do not compare."""
+    keys = ("rows", "vocabulary", "hidden", "dtype", "active_fraction", "run")
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
 def title(problem: tuple) -> str:
-    rows, vocabulary, hidden, dtype, share = problem
+    rows, vocabulary, hidden, dtype, share, run = problem
     width = f", H = {hidden}" if hidden else ""
     active = "" if share == 1 else f", {100 * share:.0f} % of the rollouts with an advantage"
-    return f"{rows} × {vocabulary}{width}, {dtype}{active}"
+    again = "" if run == 1 else f"; run {run}, not to be compared with another's times"
+    return f"{rows} × {vocabulary}{width}, {dtype}{active}{again}"
 
 
 def of(rows: list[dict], problem: tuple, mode: str = "both") -> list[dict]:
@@ -85,7 +87,9 @@ def comparison(rows: list[dict]) -> str:
         header = (title(problem), "time", "of it forward", "× eager (min..max)",
                   f"of the limit, {milliseconds(limit)}", "peak above the inputs")  # fmt: skip
         parts.append(markdown(header, body))
-    skipped = dict.fromkeys(f"{row['provider']}: {row['skipped']}" for row in rows if row["skipped"])
+    ran = {(problems([row])[0][:-1], row["provider"]) for row in rows if not row["skipped"]}  # in any run
+    missing = (row for row in rows if row["skipped"] and (problems([row])[0][:-1], row["provider"]) not in ran)
+    skipped = dict.fromkeys(f"{row['provider']}: {row['skipped']}" for row in missing)
     tail = f"\n\nNot run here: {'; '.join(skipped)}." if skipped else ""
     return "\n\n".join(parts) + tail + f"\n\n{origin(rows)}."
 
@@ -142,12 +146,13 @@ def machine_code(rows: list[dict]) -> str:
     for row in chosen:
         limits = row["limits_ms"]["H200"]
         source = "" if row["source"] == "ours" else f" ({row['source']})"
-        figures = (str(row[key]) for key in ("registers", "widest_load", "barriers_in_loop"))
+        figures = [str(row[key]) for key in ("registers", "widest_load", "barriers_in_loop", "warps_resident")]
+        figures.append(f"{row['bytes_in_flight'] / 1024:.0f} KB")
         times = (f"{limits[key]:.2f} ms" for key in ("instructions", "bytes"))
         body.append((row["kernel"] + source, number(row["per_element"], 2), *figures, *times))
     first = chosen[0]
     header = ("kernel, sm_90", "instructions an element", "registers", "load, bits", "barriers in the loop",
-              "H200, to issue them", "to move the bytes")  # fmt: skip
+              "warps an SM holds", "their loads in flight", "H200, to issue them", "to move the bytes")  # fmt: skip
     return (
         markdown(header, body)
         + f"\n\nBy arithmetic for {first['rows']} × {first['vocabulary']}; Triton {first['triton']}."
@@ -155,12 +160,14 @@ def machine_code(rows: list[dict]) -> str:
 
 
 def gpu(folders: Iterable[Path]) -> str:
-    """The benches' tables of each GPU that was measured."""
+    """The benches' tables of each GPU that was measured, under its name and the commit."""
     parts = []
     for folder in sorted(folders):
-        for name in ("logits", "linear"):
-            if rows := rows_of(name, folder):
-                parts.append(comparison(rows))
+        found = [rows for name in ("logits", "linear") if (rows := rows_of(name, folder))]
+        if found:
+            commits = ", ".join(dict.fromkeys(row["commit"] for rows in found for row in rows))
+            parts.append(f"**{found[0][0]['device']}**, the kernels of commit {commits}; later ones: not measured.")
+        parts += map(comparison, found)
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -174,8 +181,8 @@ def blocks() -> dict[str, str]:
     for name in ("logits", "linear"):
         # A page's first look: the sizes that the others vary, dense and sparse.
         if rows := rows_of(name):
-            first = problems(rows)[0][:-1]
-            found[f"{name}-first"] = comparison([row for row in rows if problems([row])[0][:-1] == first])
+            first = problems(rows)[0][:4]
+            found[f"{name}-first"] = comparison([row for row in rows if problems([row])[0][:4] == first])
     return {**found, "machine-code": machine_code(rows_of("machine_code", RESULTS)), "gpu": gpu(folders)}
 
 
@@ -214,7 +221,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_yticks(places, names, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.12)
-        axis.set(title=title(problem), xlabel="forward + backward, ms (median, 10 % and 90 % quantiles)")
+        axis.set_title(textwrap.fill(title(problem), 60), fontsize=10)
+        axis.set(xlabel="forward + backward, ms (median, 10 % and 90 % quantiles)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", fontsize=9)
     figure.suptitle(

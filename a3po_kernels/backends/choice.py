@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -29,6 +30,7 @@ def choose(backend: str, device: torch.device) -> ModuleType:
     return triton_backend if backend == "triton" else torch_backend
 
 
+@functools.cache
 def _supports_triton(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 
 
+@functools.lru_cache(maxsize=256)
 def bounded_fraction(ratio: float, limit: int, ceil: bool) -> Fraction:
     """A fraction whose multiples by 0..limit round as those of the decimal `ratio` do, with a denominator <= limit.
 

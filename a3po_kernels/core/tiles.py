@@ -10,20 +10,24 @@ import torch
 # A GEMM over fewer columns wastes the machine; only a budget smaller than one such row of tiles goes below.
 MIN_COLUMNS = 1024
 _ALIGN = 64  # columns; a multiple of every vector width, so that the rows of a tile stay aligned
-_SMALLEST = 64 << 20
+_SMALLEST, _LARGEST = 64 << 20, 1 << 30
 
 
-def default_chunk_bytes(device: torch.device) -> int:
-    """64 MiB on a CPU; on a GPU 1/32 of its memory, halved while that is more than half of what is free.
+def default_chunk_bytes(device: torch.device, one_pass: bool = False) -> int:
+    """64 MiB on a CPU. On a GPU 1/128 of its memory, at most 1 GiB: more saved nothing where logits are formed again.
 
-    One chunk of all rows writes the weight's gradient once, in its own dtype; several need a sum in fp32, which costs
-    as much memory as the logits of 8,000 tokens and a tenth of the time (measured on an H200, 8320 x 151936 x 4096).
-    A 141 GB card takes 4.7 GB, an 80 GB card 2.6 GB, which is one chunk of 8320 tokens of a 152k vocabulary. The size
-    of the card decides, so that the same call gives the same bits on every rank, unless memory is nearly used up.
+    In one pass 1/32 of its memory, halved while that is more than half of what is free: one chunk of all rows writes
+    the weight's gradient once, in its own dtype, and several need a sum in fp32, which costs as much memory as the
+    logits of 8,000 tokens and a tenth of the time (an H200, 8320 x 151936 x 4096). A 141 GB card takes 4.7 GB, an
+    80 GB card 2.6 GB: one chunk of 8320 tokens of a 152k vocabulary. The size of the card decides, so that the same
+    call gives the same bits on every rank, unless memory is nearly used up.
     """
     if device.type != "cuda":
         return _SMALLEST
-    budget = torch.cuda.get_device_properties(device).total_memory // 32
+    total = torch.cuda.get_device_properties(device).total_memory
+    if not one_pass:
+        return min(max(total // 128, _SMALLEST), _LARGEST)
+    budget = total // 32
     if torch.cuda.is_current_stream_capturing():
         return max(budget, _SMALLEST)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -171,10 +171,11 @@ def linear_policy_loss(
 
     tiles = None
     if any(wanted) and route != "recompute" and plan is not None and not compiling:
-        tiles = plan_chunks(head, plan, unit, max_bytes)
+        chunk_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device, one_pass=True)
+        tiles = plan_chunks(head, plan, unit, chunk_bytes)
         if tiles is None and route == "one-pass":
             raise ValueError(
-                f"route='one-pass' needs a chunk that holds a whole {unit}; max_chunk_bytes = {max_bytes} does not"
+                f"route='one-pass' needs a chunk that holds a whole {unit}; max_chunk_bytes = {chunk_bytes} does not"
             )
     if tiles is not None and plan is not None and tiles.total_rows:
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.

@@ -344,9 +344,9 @@ def linear_token_logprobs(
         temperature, softcap, logit_scale, ignore_index, validate, backend: as in token_logprobs.
         head_dtype: of the products and of the logits; by default autocast's, else the wider of hidden's and weight's.
             torch.float32 is an fp32 head, under autocast too.
-        max_chunk_bytes: budget of the tile of logits that exists at a time. By default 1/32 of a GPU's memory, less
-            where little is free; 64 MiB on the CPU. A tile has all rows and as many columns as fit; below 1024 columns
-            the rows are cut as well.
+        max_chunk_bytes: budget of the tile of logits that exists at a time. By default 1/128 of a GPU's memory,
+            between 64 MiB and 1 GiB; 64 MiB on the CPU. A tile has all rows and as many columns as fit; below 1024
+            columns the rows are cut as well.
         compaction: "exact" leaves out rows without a gradient (and masked ones), at the price on a GPU of one
             synchronisation forward and one backward; "none" computes every row; "auto" is "exact" on the CPU, and on a
             GPU leaves out the masked rows, with one synchronisation forward ("none" while a CUDA graph is captured and

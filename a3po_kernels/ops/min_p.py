@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends import check_backend, choose
 from ..core.checks import as_rows, check_rows, compute_dtype
+from ..core.operators import plainly
 from ..core.transform import Transform
 from .token_logprobs import check_targets
 
@@ -28,6 +29,9 @@ def _min_p(
 @_min_p.register_fake
 def _(logits, targets, *_):
     return logits.new_empty(targets.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+_min_p_plainly = plainly(_min_p)
 
 
 def check_min_p(min_p: object) -> None:
@@ -75,6 +79,6 @@ def min_p_token_logprobs(
 
 def min_p_rows_of(rows: Tensor, targets: Tensor, min_p: float, transform: Transform, backend: str) -> Tensor:
     """min_p_token_logprobs after its checks, of logits [batch, rows, V] and flat targets [N]; flat [N]."""
-    return _min_p(
+    return _min_p_plainly(
         rows.detach(), targets, float(min_p), transform.logit_scale, transform.softcap, transform.ignore_index, backend
     )

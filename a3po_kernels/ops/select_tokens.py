@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import check_backend, choose
 from ..core.checks import check_floating, check_selection, check_tensor
 from ..core.layout import token_layout
+from ..core.operators import plainly
 from ..core.rounding import bounded_fraction
 from ..parallel.data import select_global
 
@@ -35,6 +36,9 @@ def _(metric, eligible, *_):
     return torch.empty_like(eligible)
 
 
+_select_plainly = plainly(_select_tokens)
+
+
 def select_flat(
     metric: Tensor, eligible: Tensor, offsets: Tensor, *, ratio: float, side: str, scope: str, rounding: str,
     at_least: int = 1, required: int = 0, backend: str = "auto",
@@ -48,7 +52,7 @@ def select_flat(
         return select_global(metric, eligible, ratio, side == "high", rounding == "ceil", at_least, required)
     if scope == "batch":
         offsets = torch.stack([torch.zeros_like(offsets[0]), torch.full_like(offsets[0], metric.numel())])
-    return _select_tokens(
+    return _select_plainly(
         metric, eligible, offsets, float(ratio), side == "high", rounding == "ceil", at_least, required, backend
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import choose
 from ..core.autograd import final
 from ..core.forms import METRICS, PolicyInputs, SurrogateForm
+from ..core.operators import plainly_differentiable
 
 
 @torch.library.custom_op("a3po::policy_terms", mutates_args=())
@@ -61,6 +62,7 @@ def _backward(ctx, grad_loss, *_):
 
 
 _policy_terms.register_autograd(_backward, setup_context=_setup_context)
+_terms_plainly = plainly_differentiable(_policy_terms, _setup_context, _backward)
 
 
 class PolicyTerms(NamedTuple):
@@ -77,7 +79,7 @@ def policy_terms(
 ) -> PolicyTerms:
     """The loss of flat [N] log-probs and entropies, and its coefficients. beta: the metric `weight`."""
     tensor = beta if isinstance(beta, Tensor) else None
-    loss, d_logp, d_entropy, out = _policy_terms(
+    loss, d_logp, d_entropy, out = _terms_plainly(
         logp, entropy, *inputs, tensor, 1.0 if tensor is not None else float(beta), form.kind, form.sequence,
         form.kl_estimator, [float(x) for x in form.numbers], backend,
     )  # fmt: skip

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends import check_backend, choose
+from ..core.autograd import final
 from ..core.checks import as_rows, check_rows, compute_dtype
+from ..core.operators import plainly, plainly_differentiable
 from ..core.transform import Transform
 
 
@@ -103,6 +105,9 @@ def _logits_gradient_(
     write_gradient(logits, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend)
 
 
+_gradient_plainly = plainly(_logits_gradient)
+
+
 def _setup_context(ctx, inputs, output):
     logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index, inplace, backend = inputs
     _, entropy, shift, log_sum = output
@@ -120,12 +125,13 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
         return None, *nothing
     arguments = (targets, shift, log_sum, entropy, grad_logp, grad_entropy, temperature, *ctx.transform)
     if not ctx.inplace:
-        return _logits_gradient(logits, *arguments), *nothing
+        return final(_gradient_plainly(logits, *arguments)), *nothing
     _logits_gradient_(logits, *arguments)
     return logits, *nothing
 
 
 _token_statistics.register_autograd(_backward, setup_context=_setup_context)
+_statistics_plainly = plainly_differentiable(_token_statistics, _setup_context, _backward)
 
 
 def token_logprobs(
@@ -179,7 +185,7 @@ def token_statistics(
     rows: Tensor, targets: Tensor, transform: Transform, inplace_backward: bool, backend: str
 ) -> TokenStats:
     """token_logprobs after its checks, of logits [batch, rows, V] and flat targets [N]; flat [N]."""
-    logp, entropy, _, _ = _token_statistics(rows, targets, *transform, inplace_backward, backend)
+    logp, entropy, _, _ = _statistics_plainly(rows, targets, *transform, inplace_backward, backend)
     return TokenStats(logp, entropy)
 
 

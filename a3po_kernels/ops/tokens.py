@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import choose
 from ..core.checks import compute_dtype
 from ..core.forms import RuleForm
+from ..core.operators import plainly
 
 
 class ReadTokens(NamedTuple):
@@ -66,6 +67,9 @@ def _(targets, mask, offsets, advantages, polarity, importance, count, per_rollo
     return tuple(_empty_reading(offsets, count, dtype, present))
 
 
+_read_plainly = plainly(_read_tokens)
+
+
 def read_tokens(
     targets: Tensor | None, mask: Tensor | None, offsets: Tensor, count: int, dtype: torch.dtype, advantages: Tensor,
     polarity: Tensor | None, importance: Tensor | None, per_rollout: list[bool],
@@ -81,7 +85,7 @@ def read_tokens(
         return None if values is None else values.detach().reshape(-1).contiguous()
 
     polarity = None if polarity is None else flat(polarity)
-    found = _read_tokens(
+    found = _read_plainly(
         flat(targets), flat(mask), offsets, flat(advantages), polarity, flat(importance), count, per_rollout,
         list(polarity_weights), ignore_index, dtype, backend,
     )  # fmt: skip
@@ -107,6 +111,9 @@ def _(counts, *_):
     return torch.empty_like(counts)
 
 
+_normalize_plainly = plainly(_normalizer)
+
+
 def normalizer(
     counts: Tensor, aggregation: str, denominator: Tensor | float | None, max_length: float, backend: str
 ) -> Tensor:
@@ -119,7 +126,7 @@ def normalizer(
         total = "lengths" if aggregation == "seq-mean-token-sum-norm" else "rollouts"
     tensor = denominator if isinstance(denominator, Tensor) else None
     divisor = float(denominator) if tensor is None and denominator is not None else 0.0
-    return _normalizer(
+    return _normalize_plainly(
         counts, total, aggregation == "seq-mean-token-mean", tensor, divisor, float(max_length), backend
     )  # fmt: skip
 
@@ -134,9 +141,12 @@ def _(weights, offsets, _):
     return weights.new_empty(offsets.shape[0] - 1)
 
 
+_count_plainly = plainly(_count_kept)
+
+
 def count_kept(weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """[S]: tokens of each rollout whose weight is not 0, in the weights' dtype."""
-    return _count_kept(weights, offsets, backend)
+    return _count_plainly(weights, offsets, backend)
 
 
 @torch.library.custom_op("a3po::apply_rules", mutates_args=())
@@ -159,6 +169,9 @@ def _(weights, *_):
     return torch.empty_like(weights), torch.empty_like(weights, dtype=torch.bool)
 
 
+_apply_plainly = plainly(_apply_rules)
+
+
 def apply_rules(
     weights: Tensor, polarity: Tensor, offsets: Tensor, rules: list[RuleForm], backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -171,7 +184,7 @@ def apply_rules(
         if isinstance(rule.scale, Tensor):
             scales.append(rule.scale)
     metrics = [rule.metric.detach().to(compute_dtype(weights.dtype)).contiguous() for rule in rules]
-    return _apply_rules(weights, polarity, offsets, metrics, words, numbers, scales, backend)
+    return _apply_plainly(weights, polarity, offsets, metrics, words, numbers, scales, backend)
 
 
 def walks_batch(count: int, device: torch.device, backend: str) -> bool:

@@ -14,6 +14,7 @@ from ...core.transform import Transform
 # Fused multiply-adds are written out where they are wanted: two kernels that share a formula then share its bits.
 VOCABULARY_OPTIONS = {"enable_fp_fusion": False}
 _INTERPRETED_PROCESSORS = 2
+_NOTHING = contextlib.nullcontext()
 
 
 def triton_dtype(dtype: torch.dtype):
@@ -22,9 +23,10 @@ def triton_dtype(dtype: torch.dtype):
 
 def device_guard(tensor: Tensor):
     """Makes the tensor's GPU the current one: Triton launches on the current device."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
+    device = tensor.device
+    if device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device()):
+        return _NOTHING
+    return torch.get_device_module(device).device(device)
 
 
 @functools.cache

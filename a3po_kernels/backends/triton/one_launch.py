@@ -26,8 +26,8 @@ from .policy_terms import loss_terms
 from .statistics import RUN_TIME, lanes_of, load_target, row_results, row_statistics, store_zeros
 from .tiles import exponent_scale_of, row_pointer
 
-# Bytes of the gradient in flight for each lane; measured on an H200.
-_BLOCK_BYTES_PER_LANE = 32
+# Bytes of the gradient in flight for each lane, on the 16-byte grid and off it; measured on an H200.
+_BLOCK_BYTES_PER_LANE = {"aligned": 32, "shifted": 16, "strided": 16}
 _UNROLL = 2
 _REGISTERS = 32  # of a thread: 2048 threads are then on a processor, and one row's reads hide another's arithmetic
 _MOST_WARPS = 32 if torch.version.hip is None else 16  # 1024 threads
@@ -131,7 +131,8 @@ def write_statistics_and_gradient(
     """Statistics of logits [batch, rows, V] into `results`, and the loss's gradient into `out`, perhaps the logits."""
     rows, columns, size = targets.numel(), logits.shape[-1], logits.element_size()
     lanes = lanes_of(columns, size)
-    stores, block = gradient_loads(logits, out), lanes * _BLOCK_BYTES_PER_LANE // size
+    stores = gradient_loads(logits, out)
+    block = lanes * _BLOCK_BYTES_PER_LANE[stores] // size
     with device_guard(logits):
         one_launch_kernel[(rows,)](
             logits, targets, transform.temperature, out, *results, inputs.rollout, inputs.weights, inputs.advantages,

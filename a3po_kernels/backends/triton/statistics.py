@@ -28,11 +28,11 @@ from .math import LN2, LOWEST, clamp_min, exponent_floor, merge_statistics, soft
 from .tiles import exponent_scale_of, lane_max, lane_sum, load_tile, pair_sums, per_lane, row_pointer
 
 _LANES_PER_THREAD = 2
-_UNROLL = 2
-_REGISTERS = 64
 # A row of many bytes takes more lanes: fewer rows are then under way at a time, and the second read of one finds it in
-# the cache. Measured on an H200, with the one-launch kernel beside.
+# the cache (one_launch.py). Tiles on their way and registers as measured on an H200.
 _LONG_ROW, _SHORT_ROW = 128 << 10, 16 << 10
+_UNROLL = {1024: 1, 512: 2, 128: 2}
+_REGISTERS = {1024: 40, 512: 48, 128: 64}
 # Run-time values of a step: none of them may make a new kernel.
 RUN_TIME = [
     "n_rows", "rows_per_batch", "batch_stride", "row_stride", "out_batch_stride", "out_row_stride",
@@ -205,13 +205,16 @@ def fold_statistics(
     """Folds logits [batch, rows, columns] into the rows' statistics; see ops.token_logprobs."""
     # Of the whole vocabulary, not of the tile: how that is cut depends on the number of rows.
     lanes = lanes_of(vocabulary or logits.shape[-1], logits.element_size())
+    loads = loads_of(logits)
+    # Arithmetic or addresses that need more registers are not worth a spill.
+    plain = loads == "aligned" and not transform.softcap and logits.element_size() < 8
     with device_guard(logits):
         row_statistics_kernel[(targets.numel(),)](
             logits, targets, transform.temperature, state, *results, logits.shape[-1],
             *row_arguments(logits, transform), first_column, 0 if state is None else state.stride(0),
-            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), EVEN=is_even(logits), LANES=lanes,
-            UNROLL=_UNROLL, FIRST=first, LAST=last, COMPUTE=triton_dtype(logits.dtype), num_warps=warps_of(lanes),
-            **VOCABULARY_OPTIONS, **registers(_REGISTERS),
+            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads, EVEN=is_even(logits), LANES=lanes,
+            UNROLL=_UNROLL[lanes], FIRST=first, LAST=last, COMPUTE=triton_dtype(logits.dtype),
+            num_warps=warps_of(lanes), **VOCABULARY_OPTIONS, **registers(_REGISTERS[lanes] if plain else 128),
         )  # fmt: skip
 
 
