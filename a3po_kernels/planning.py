@@ -25,11 +25,17 @@ def _scratch(tiles: Tiles, dtype: torch.dtype, device: torch.device, backend: st
     return 3 * (step + 1) * tiles.columns * _itemsize(compute_dtype(dtype))
 
 
-def _operands(tiles: Tiles, width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Copies in fp32 that a low-precision product with an fp32 sum takes where no GEMM has one."""
+def _operands(tiles: Tiles, width: int, dtype: torch.dtype, device: torch.device, wide: tuple[bool, bool]) -> int:
+    """Copies in fp32 that a low-precision product takes to be summed in fp32 where no GEMM does that.
+
+    wide: whether the products of the hidden states and of the weight are.
+    """
     if device.type == "cuda" or dtype in (torch.float32, torch.float64):
         return 0
-    return 4 * (tiles.rows * tiles.columns + max(tiles.rows, tiles.columns) * width)
+    tile = tiles.rows * tiles.columns
+    return 4 * max(
+        (tile + tiles.columns * width) * wide[0], (tile + tiles.rows * width) * wide[1]
+    )  # fmt: skip
 
 
 def estimate_memory(
@@ -72,57 +78,62 @@ def estimate_memory(
         raise ValueError("rows, width and vocabulary must be positive and active_fraction lie in [0, 1]")
     device = torch.device(device)
     budget = max_chunk_bytes or default_chunk_bytes(device)
+    chunk_budget = max_chunk_bytes or default_chunk_bytes(device, one_pass=True)
     item, wide = _itemsize(dtype), _itemsize(compute_dtype(dtype))
     active = round(rows * active_fraction)
     computed = active if statistics == "active" else rows
     compact = active < rows
     per_token = _PER_TOKEN * 4 * rows
 
+    one_pass = route == "one-pass"
+    tiles = (
+        row_tiles(active, vocabulary, item, chunk_budget)
+        if one_pass
+        else column_tiles(active, vocabulary, item, budget)
+    )
+    half = dtype == torch.float16
+    # One product is rounded once, to its own dtype; a sum of several is wide.
+    lone_weight = not half and tiles.row_count <= 1 and not main_grad if one_pass else tiles.row_count <= 1
+    lone_hidden = not half and tiles.column_count <= 1 and device.type == "cpu"
+    weight_item = wide if one_pass and not lone_weight else item
+    hidden_item = item if lone_hidden else wide
+
     def tile_bytes(tiles: Tiles) -> int:
         return tiles.rows * tiles.columns * item
 
     def stage(tiles: Tiles, gradient: bool) -> dict[str, int]:
-        return {
-            "logits_chunk": tile_bytes(tiles),
-            # One is gone before the other comes.
-            "scratch": max(
-                _scratch(tiles, dtype, device, backend), _operands(tiles, width, dtype, device) if gradient else 0
-            ),
-        }  # fmt: skip
+        scratch = _scratch(tiles, dtype, device, backend)
+        if gradient:
+            products = _operands(tiles, width, dtype, device, (not lone_hidden, not lone_weight and not frozen_weight))
+            scratch = max(scratch, products)  # one is gone before the other comes
+        return {"logits_chunk": tile_bytes(tiles), "scratch": scratch}
 
-    def gradients(sum_bytes: int, slices: int) -> dict[str, int]:
-        weight = 0 if frozen_weight or (main_grad and route == "recompute") else vocabulary * width * sum_bytes
+    def gradients(slices: int) -> dict[str, int]:
+        weight = 0 if frozen_weight or (main_grad and not one_pass) else vocabulary * width * weight_item
         return {
-            "weight_gradient": weight + slices, "hidden_gradient": active * width * wide,
+            "weight_gradient": weight + slices, "hidden_gradient": active * width * hidden_item,
             "compacted_hidden": active * width * item if compact else 0,
         }  # fmt: skip
 
     moments: list[dict[str, int]] = [{"per_token": per_token}]
-    if computed and not (route == "one-pass" and active == computed):
-        others = computed - active if route == "one-pass" else computed
-        held = gradients(wide, 0) if route == "one-pass" and active else {}
-        tiles = column_tiles(others, vocabulary, item, budget)
+    if computed and not (one_pass and active == computed):
+        others = computed - active if one_pass else computed
+        held = gradients(0) if one_pass and active else {}
         gathered = others * width * item if others < rows else 0
-        here = stage(tiles, False)
+        here = stage(column_tiles(others, vocabulary, item, budget), False)
         # The one-pass buffer lives until the other rows' statistics are taken.
-        buffered = tile_bytes(row_tiles(active, vocabulary, item, budget)) if route == "one-pass" and active else 0
-        here["logits_chunk"] += buffered
+        here["logits_chunk"] += tile_bytes(tiles) if one_pass and active else 0
         here["compacted_hidden"] = held.get("compacted_hidden", 0) + gathered
         moments.append({**held, **here})
-    if active and route == "one-pass":
-        tiles = row_tiles(active, vocabulary, item, budget)
-        moments.append({**gradients(wide, 0), **stage(tiles, True)})
-    elif active and route == "recompute":
-        tiles = column_tiles(active, vocabulary, item, budget)
-        slices = tiles.columns * width * wide if item < wide and tiles.row_count > 1 and not frozen_weight else 0
-        moments.append({**gradients(item, slices), **stage(tiles, True)})
-    if route != "statistics" and active:
+    if active and route != "statistics":
+        sliced = not one_pass and item < wide and not lone_weight and not frozen_weight
+        moments.append({**gradients(tiles.columns * width * wide if sliced else 0), **stage(tiles, True)})
         # Backward's last moment: the gradients, and their copies in the parameters' dtype or among all rows.
-        end = gradients(wide if route == "one-pass" else item, 0)
-        if item < wide and route == "one-pass" and not main_grad:
+        end = gradients(0)
+        if weight_item > item and not main_grad:
             end["weight_gradient"] += 0 if frozen_weight else vocabulary * width * item
         end["hidden_gradient"] += rows * width * item if compact else 0
-        end["hidden_gradient"] += active * width * item if item < wide else 0
+        end["hidden_gradient"] += active * width * item if hidden_item > item else 0
         moments.append(end)
     for moment in moments:
         moment["per_token"] = per_token

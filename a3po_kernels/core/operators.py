@@ -33,7 +33,10 @@ def plainly(operator: Any) -> Callable:
 
     def call(*arguments):
         first = next(x for x in arguments if isinstance(x, Tensor))
-        return function(*arguments) if runs_plainly(first) else operator(*arguments)
+        if not runs_plainly(first):
+            return operator(*arguments)
+        with torch.no_grad():  # as below an operator
+            return function(*arguments)
 
     return call
 

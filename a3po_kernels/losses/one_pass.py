@@ -151,9 +151,8 @@ def one_pass(
     # One product is rounded once, to the weight's dtype; a sum, and what main_grad gets, stays wide till the end.
     one_chunk = tiles.row_count <= 1 and not half and not to_main_grad
     weight_dtype = weight_gradient_dtype(head.weight) if one_chunk else compute_dtype(head.dtype)
-    idle_rows = rows is None or not plan.exact
     gradients = head_gradients(
-        head, logits, to_gradient, wanted, weight_dtype, active=mine.tokens if idle_rows else None
+        head, logits, to_gradient, wanted, weight_dtype, active=None if plan.exact else mine.tokens
     )
     logp, entropy = (scatter_rows(result, rows, count) for result in results[:2])
     if plan.rest is not None:
