@@ -200,8 +200,8 @@ def timed(call: Callable, device: torch.device) -> float:
 def timed_stages(calls: list[Callable], device: torch.device) -> list[float]:
     """Milliseconds of each of several calls made one after another; on a GPU nothing waits between them.
 
-    There it is the device's time: the host gets a head start, as it has in a training step, whose forward pass keeps the
-    device busy. What a call takes of the host is bench_host's question.
+    There it is the device's time: the host gets a head start, as it has in a training step whose forward pass keeps
+    the device busy. What a call takes of the host is bench_host's question.
     """
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]

@@ -95,9 +95,12 @@ def test_low_precision_is_no_worse_than_plain_at_any_tile_size(dtype, columns, b
     )  # fmt: skip
     mine = [largest_error(x, y) for x, y in zip(found[:2], truth[:2], strict=True)]
     mine += [(x.cpu().double() - y).norm().item() for x, y in zip(found[2][:3], truth[2], strict=False)]
-    for name, error, bound in zip(("logp", "entropy", *NAMES), mine, plain, strict=False):
-        # A tenth: both round the same logits, and the order of the sums differs.
-        assert error <= 1.1 * bound + 1e-6, name
+    # A tenth: both round the same logits, and the order of the sums differs. Two roundings of fp32 at 8 nats, 2e-6: a
+    # GPU's log2 and exp2 are within 2 units, and on an H200 an entropy in fp16 was off by 1.58e-5 where the plain way's
+    # was by 1.30e-5, of which the rounding of the logits is nearly all.
+    own = [2 * torch.finfo(torch.float32).eps * x.abs().max().item() for x in truth[:2]] + [1e-6] * len(NAMES)
+    for name, error, bound, slack in zip(("logp", "entropy", *NAMES), mine, plain, own, strict=False):
+        assert error <= 1.1 * bound + slack, name
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("a",), ("b",), ("hidden", "a", "b"), ()])

@@ -1,0 +1,224 @@
+"""The two routes of policy_loss: the same numbers, where each is possible, and what they leave in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import INTERPRETED, PRESETS, keywords_for, largest_error, preset, random_batch, run
+
+import a3po_kernels
+import reference
+from a3po_kernels import PolicyLoss, a3po, dapo, policy_loss
+
+POSSIBLE = ("grpo", "dr_grpo", "dapo", "psr", "nsr", "w_reinforce", "a3po", "cispo", "sapo")
+OVERRIDES = {"plain": {}, "regularised": {"kl_coef": 0.07, "entropy_coef": 0.02}}
+
+
+@pytest.mark.parametrize("vocabulary", [37, 64])  # off the 16-byte grid and on it
+@pytest.mark.parametrize("overrides", OVERRIDES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_routes_agree(name, dtype, overrides, vocabulary, backend, device):
+    """Triton: to the bit, for the formulas are the same device functions. PyTorch: but for the order of one product."""
+    if INTERPRETED and (dtype is torch.float64) == (vocabulary == 37):
+        pytest.skip("the interpreter is slow")
+    batch = random_batch(POSSIBLE.index(name), dtype=dtype, vocabulary=vocabulary, device=device)
+    batch.keywords = keywords_for(name, batch.keywords)
+    objective = preset(name, **OVERRIDES[overrides])[0]
+    one, gradient = run(a3po_kernels, batch, objective, backend=backend, route="one-launch", step=3)
+    two, other = run(a3po_kernels, batch, objective, backend=backend, route="two-stage", step=3)
+    assert (one.route, two.route) == ("one-launch", "two-stage")
+    assert torch.equal(one.loss, two.loss) and torch.equal(one.logprobs, two.logprobs)
+    assert torch.equal(one.entropy, two.entropy) and torch.equal(one.weights, two.weights)
+    assert all(torch.equal(one.metrics[key], two.metrics[key]) for key in one.metrics)
+    if backend == "triton" or overrides == "plain":
+        assert torch.equal(gradient, other)
+    else:
+        assert largest_error(gradient, other) <= 2 * torch.finfo(dtype).eps * other.abs().max().item()
+
+
+@pytest.mark.parametrize("transform", [{}, {"temperature": 0.7, "softcap": 4.0, "logit_scale": 1.3}])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["dapo", "a3po"])
+def test_one_launch_against_the_reference(name, inplace, transform, backend, device):
+    batch = random_batch(9, dtype=torch.float64, vocabulary=64, device=device)
+    batch.keywords = keywords_for(name, batch.keywords)
+    ours, theirs = preset(name, kl_coef=0.1, entropy_coef=0.01)
+    leaf = batch.logits.clone().requires_grad_()
+    logits = leaf * 1.0
+    output = policy_loss(
+        logits, batch.targets, batch.advantages, objective=ours, route="one-launch", inplace_backward=inplace,
+        backend=backend, **batch.keywords, **transform,
+    )  # fmt: skip
+    (output.loss * 1.5).backward()
+    expected, gradient = run(reference, batch, theirs, double=True, **transform)
+    assert largest_error(output.loss, expected.loss) < 1e-12
+    assert largest_error(leaf.grad, 1.5 * gradient) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "name, keep, reason",
+    [
+        ("gspo", (), "the ratio is the rollout's"), ("fork_tokens", (), "selects by the current policy"),
+        ("lp_reg", ("min_p_logprobs",), "Lp-Reg selects"), ("a3po", (), None),
+    ],
+)  # fmt: skip
+def test_where_one_launch_is_not_possible(name, keep, reason, backend, device):
+    batch = random_batch(2, dtype=torch.float32, vocabulary=64, device=device)
+    given = {key: batch.keywords[key] for key in ("mask", "old_logprobs", *keep)}
+    if reason is None:  # on-policy the rule reads the current log-probs
+        reason = "selects by the current policy"
+        del given["old_logprobs"]
+    arguments = (batch.logits.clone().requires_grad_(), batch.targets, batch.advantages)
+    options = {"objective": getattr(a3po_kernels, name)(), "backend": backend, **given}
+    with pytest.raises(ValueError, match=f"route='one-launch' is not possible here: .*{reason}"):
+        policy_loss(*arguments, route="one-launch", **options)
+    assert policy_loss(*arguments, **options).route == "two-stage"
+
+
+def test_fp16_keeps_two_stages(backend, device):
+    """A loss scaler's factor comes in backward: formed before it, small gradients would be 0 in fp16."""
+    logits = torch.randn(2, 8, 64, device=device).half().requires_grad_()
+    targets = torch.randint(0, 64, (2, 8), device=device)
+    arguments = (logits, targets, torch.tensor([1.0, -1.0], device=device))
+    with pytest.raises(ValueError, match="fp16"):
+        policy_loss(*arguments, objective=dapo(), route="one-launch", backend=backend)
+    output = policy_loss(*arguments, objective=dapo(), denominator=1e6, backend=backend)
+    (output.loss * 2.0**20).backward()
+    exact = logits.detach().double().requires_grad_()
+    truth = policy_loss(exact, *arguments[1:], objective=dapo(), denominator=1e6, backend=backend)
+    (truth.loss * 2.0**20).backward()
+    assert output.route == "two-stage"
+    assert (logits.grad.double() - exact.grad).norm() < 1e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("denominator", [1.0, 4096.0, 1e6])
+@pytest.mark.parametrize("name", PRESETS)
+def test_fp16_head_in_one_pass(name, denominator, scale, backend, device):
+    """The chunk's gradient is of order one whatever the divisor: dHidden is as exact as recomputation's."""
+    if INTERPRETED and (scale == 1.0 or name not in ("dapo", "gspo", "grpo")):
+        pytest.skip("the interpreter is slow")
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 16, 32, generator=generator).half().to(device)
+    weight = (torch.randn(500, 32, generator=generator) / 6 + 0.25).half().to(device)
+    targets = torch.randint(0, 500, (2, 16), generator=generator).to(device)
+    advantages = torch.tensor([1.0, -0.5], device=device)
+
+    def gradients(dtype, route):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        output = a3po_kernels.linear_policy_loss(
+            *leaves, targets, advantages, objective=getattr(a3po_kernels, name)(), denominator=denominator,
+            route=route, backend=backend,
+        )  # fmt: skip
+        # In fp32: what fp16 cannot hold at the end is the caller's affair, not the head's.
+        factor = torch.tensor(scale if scale > 1 else 1024.0, device=device)
+        return torch.autograd.grad(output.loss * factor, leaves)
+
+    exact = gradients(torch.float64, "one-pass")
+    found = gradients(torch.float16, "one-pass")
+    for mine, truth in zip(found, exact, strict=True):
+        if truth.abs().max() > 6e-5 and truth.abs().max() < 6e4:  # fp16's normal numbers
+            assert (mine.double() - truth).norm() < 4e-3 * truth.norm() + 1e-7 * truth.numel() ** 0.5
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 / 3])
+def test_main_grad_keeps_its_fp32(factor, backend, device):
+    """One chunk or several: what main_grad gets is summed in fp32 and never rounded to the weight's dtype."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(4, 16, 32, generator=generator).bfloat16().to(device)
+    weight = torch.randn(200, 32, generator=generator).bfloat16().to(device)
+    targets = torch.randint(0, 200, (4, 16), generator=generator).to(device)
+    advantages = torch.tensor([1.0, -1.0, 0.5, 2.0], device=device)
+
+    def main_grad(route, dtype=torch.bfloat16, budget=None):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        buffer = torch.zeros(200, 32, device=device)
+        output = a3po_kernels.linear_policy_loss(
+            *leaves, targets, advantages, objective=dapo(), main_grad=buffer, route=route, max_chunk_bytes=budget,
+            backend=backend,
+        )  # fmt: skip
+        (output.loss * factor).backward()
+        assert leaves[1].grad is None
+        return buffer
+
+    recomputed = main_grad("recompute")
+    one, several = main_grad("one-pass"), main_grad("one-pass", budget=20 * 200 * 2)
+    assert (one.bfloat16().float() != one).any(), "not rounded"
+    for found in (one, several):
+        assert (found - recomputed).norm() < 3e-3 * recomputed.norm()
+        # No systematic factor: projected on the other's, 1 to a part in a thousand.
+        assert abs((found * recomputed).sum() / (recomputed * recomputed).sum() - 1) < 1e-3
+
+
+def test_double_backward_of_log_probs_raises(backend, device):
+    logits = torch.randn(2, 5, 7, device=device, dtype=torch.float64, requires_grad=True)
+    logp = torch.log_softmax(logits, -1)[..., 0]
+    options = {"objective": dapo(), "backend": backend, "old_logprobs": logp.detach()}
+    loss = a3po_kernels.logprob_policy_loss(logp, torch.tensor([1.0, -1.0], device=device), **options).loss
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+def test_one_launch_double_backward_and_module(backend, device):
+    module = PolicyLoss(a3po(), route="one-launch", backend=backend)
+    logits = torch.randn(2, 5, 64, device=device, requires_grad=True)
+    targets = torch.randint(0, 64, (2, 5), device=device)
+    old = torch.full((2, 5), -4.0, device=device)
+    output = module(logits, targets, torch.tensor([1.0, -1.0], device=device), old_logprobs=old)
+    assert output.route == "one-launch"
+    weights = torch.ones(3, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(output.loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        (weights.square().sum() + gradient.square().sum()).backward()
+    with torch.no_grad():
+        assert module(logits, targets, torch.ones(2, device=device), old_logprobs=old).route == "statistics"
+    with pytest.raises(ValueError, match="route must be one of auto, one-launch, two-stage"):
+        module(logits, targets, torch.ones(2, device=device), route="three-stage")
+
+
+def test_few_rows_and_odd_rows_take_two_stages(backend, device):
+    """Where a program a row leaves a GPU idle, or loads are not wide, the two stages are faster."""
+    if backend == "torch":
+        pytest.skip("of the Triton backend")
+    targets = torch.zeros(1, 1, dtype=torch.long, device=device)
+    for vocabulary in (64, 63):
+        logits = torch.randn(1, 1, vocabulary, device=device, requires_grad=True)
+        options = {"objective": dapo(), "backend": backend, "old_logprobs": torch.zeros(1, 1, device=device)}
+        assert policy_loss(logits, targets, torch.ones(1, device=device), **options).route == "two-stage"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("vocabulary", [32000, 50257, 151936])
+def test_in_place_with_idle_rows_on_a_gpu(vocabulary):
+    """Half of the tokens clipped or without advantage: no row reads what another thread has zeroed already."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(8, 256, vocabulary, device="cuda", generator=generator).bfloat16()
+    targets = torch.randint(0, vocabulary, (8, 256), device="cuda", generator=generator)
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 1.0, 0.0, -1.0, 0.0], device="cuda")
+    old = a3po_kernels.token_logprobs(logits, targets).logprobs + torch.randn(8, 256, device="cuda") * 0.5
+    expected = None
+    for _ in range(5):
+        leaf = logits.clone().requires_grad_()
+        output = policy_loss(
+            leaf * 1, targets, advantages, objective=dapo(), old_logprobs=old, inplace_backward=True, route="one-launch"
+        )
+        output.loss.backward()
+        found = output.logprobs, leaf.grad
+        if expected is None:
+            expected = found
+            two = policy_loss(logits, targets, advantages, objective=dapo(), old_logprobs=old)
+            assert torch.equal(two.logprobs, output.logprobs)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.cuda
+def test_a_step_on_the_cpu():
+    """0-d tensors on the CPU are numbers to a batch on a GPU."""
+    batch = random_batch(1, dtype=torch.float32, device="cuda")
+    batch.keywords.pop("min_p_logprobs")
+    options = {"step": torch.tensor(10), "denominator": torch.tensor(7.0)}
+    output, gradient = run(a3po_kernels, batch, a3po(), **options)
+    same, other = run(a3po_kernels, batch, a3po(), step=10, denominator=7.0)
+    assert torch.equal(output.loss, same.loss) and torch.equal(gradient, other)
