@@ -157,7 +157,8 @@ def environment(device: torch.device, packages: Iterable[str] = ()) -> dict:
 def limit(problem: Problem, mode: str) -> tuple[int, int]:
     """(bytes, operations) of a perfect kernel. With a share f of rows that have a gradient:
 
-    logits: one read forward; backward f reads and one write (rows without a gradient are filled with zeros).
+    logits: one read and one write in all, for what was read is in the cache still; apart, one read forward, and
+    backward f reads and one write (rows without a gradient are filled with zeros).
     linear: 2NVH forward, 4fNVH backward; hidden states and weight read once a mode, gradients written once.
     selection: one fp32 read and one bool write a token.
     """
@@ -166,7 +167,7 @@ def limit(problem: Problem, mode: str) -> tuple[int, int]:
     if problem.operation == "selection":
         return 5 * n, 0
     if problem.operation == "logits":
-        passes = {"forward": 1.0, "backward": 1 + f, "both": 2 + f}[mode]
+        passes = {"forward": 1.0, "backward": 1 + f, "both": 2.0}[mode]
         return round(passes * n * v * size), 0
     operands = (n + v) * h * size
     factor = {"forward": 2.0, "backward": 4 * f, "both": 2 + 4 * f}[mode]

@@ -24,7 +24,7 @@ def _read_case(
     name: str, kernel=statistics.row_statistics_kernel, dtype: str = "bf16", columns: int = LIMIT_VOCABULARY,
     **constants,
 ) -> Case:  # fmt: skip
-    """A kernel that reads tiles of a row: its hot loop handles one."""
+    """A kernel that reads tiles of a row."""
     size = _SIZES[dtype]
     lanes = statistics.lanes_of(columns, size)
     defaults = {
@@ -37,12 +37,12 @@ def _read_case(
     merged = {key: value for key, value in merged.items() if key in kernel.arg_names and value != "argument"}
     if "state_ptr" in kernel.arg_names and merged["FIRST"] and merged["LAST"]:
         merged["state_ptr"] = None
-    tile = lanes * 16 // size
     plain = merged["LOADS"] == "aligned" and not merged["HAS_SOFTCAP"] and size < 8
     registers = statistics._REGISTERS[lanes] if plain else 128
-    tiles = merged.get("UNROLL", 1)
-    return Case(name, kernel, merged, tile * tiles, dtype, statistics.warps_of(lanes), passes=_passes(name),
-                registers=None if kernel is min_p_kernel else registers)  # fmt: skip
+    return Case(
+        name, kernel, merged, None, dtype, statistics.warps_of(lanes), passes=_passes(name),
+        registers=None if kernel is min_p_kernel else registers, fused=False,
+    )  # fmt: skip
 
 
 def _gradient_case(name: str, dtype: str = "bf16", **constants) -> Case:
@@ -53,8 +53,8 @@ def _gradient_case(name: str, dtype: str = "bf16", **constants) -> Case:
     }  # fmt: skip
     merged = {key: value for key, value in {**defaults, **constants}.items() if value != "argument"}
     return Case(
-        name, gradient.logits_gradient_kernel, merged, block, dtype, gradient._WARPS, passes=_passes(name),
-        registers=gradient._REGISTERS,
+        name, gradient.logits_gradient_kernel, merged, None, dtype, gradient._WARPS, passes=_passes(name),
+        registers=gradient._REGISTERS, fused=False,
     )  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def _one_launch_case(name: str, dtype: str = "bf16", columns: int = LIMIT_VOCABU
     warps = one_launch.warps_of(lanes)
     pointers = {"rollout_ptr": "*i32"}
     return Case(
-        name, one_launch.one_launch_kernel, merged, block, dtype, warps, pointers=pointers, passes=_passes(name),
-        registers=one_launch._REGISTERS,
+        name, one_launch.one_launch_kernel, merged, None, dtype, warps, pointers=pointers, passes=_passes(name),
+        registers=one_launch._REGISTERS, fused=False,
     )  # fmt: skip
 
 
@@ -86,7 +86,8 @@ def _terms_case(name: str, absent: tuple[str, ...] = _OPTIONAL, **constants) -> 
     block = policy_terms._BLOCK
     defaults = {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": block, "COMPUTE": tl.float32}
     merged = {**dict.fromkeys(absent), **defaults, **constants}
-    return Case(name, policy_terms.policy_terms_kernel, merged, block, pointers={"rollout_ptr": "*i32"})
+    pointers = {"rollout_ptr": "*i32"}
+    return Case(name, policy_terms.policy_terms_kernel, merged, block, pointers=pointers, fused=False)
 
 
 def _rules_case(name: str, two: bool) -> Case:
@@ -112,12 +113,10 @@ def _token_cases() -> list[Case]:
     ]
 
 
-def _scale_case(name: str, same: bool, out: str) -> Case:
-    constants = {"SAME": same, "DENSE": True, "BLOCK": scaling._BLOCK, "COMPUTE": tl.float32}
-    pointers = {"gradient_ptr": "*bf16" if same else "*fp32", "out_ptr": out}
-    return Case(
-        name, scaling.scale_kernel, constants, scaling._BLOCK, num_warps=scaling._WARPS, pointers=pointers
-    )  # fmt: skip
+def _scale_case(name: str, dtype: str) -> Case:
+    constants = {"SAME": dtype == "bf16", "DENSE": True, "BLOCK": scaling._BLOCK, "COMPUTE": tl.float32}
+    pointers = {"gradient_ptr": f"*{dtype}", "out_ptr": "*bf16"}
+    return Case(name, scaling.scale_kernel, constants, None, dtype, scaling._WARPS, pointers=pointers)
 
 
 def cases() -> list[Case]:
@@ -144,12 +143,17 @@ def cases() -> list[Case]:
         _one_launch_case("one launch bf16"),
         _one_launch_case("one launch bf16 short", columns=short),
         _one_launch_case("one launch bf16 shifted", LOADS="shifted", STORES="shifted", EVEN=False),
+        _one_launch_case(
+            "one launch bf16 strided", LOADS="strided", STORES="strided", column_stride="argument",
+            out_column_stride="argument",
+        ),
         _one_launch_case("one launch bf16 softcap entropy", HAS_SOFTCAP=True, HAS_ENTROPY=True),
         _one_launch_case(
             "one launch fp32 sapo kl", "fp32", KIND="sapo", ESTIMATOR="k3-ratio", reference_ptr="argument"
         ),
         _one_launch_case("one launch fp64", "fp64"),
         _read_case("min-p bf16", min_p_kernel),
+        _read_case("min-p bf16 shifted", min_p_kernel, LOADS="shifted", EVEN=False),
         Case("select fp32", selection.select_kernel, select, selection._BLOCK, pointers={"out_ptr": "*i8"}),
         _rules_case("one rule", False),
         _rules_case("two rules", True),
@@ -159,6 +163,6 @@ def cases() -> list[Case]:
         _terms_case("terms cispo", KIND="cispo"),
         _terms_case("terms sapo", KIND="sapo"),
         _terms_case("terms everything", absent=()),
-        _scale_case("scale in place", True, "*bf16"),
-        _scale_case("scale and cast", False, "*bf16"),
+        _scale_case("scale in place", "bf16"),
+        _scale_case("scale and cast", "fp32"),
     ]  # fmt: skip

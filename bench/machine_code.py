@@ -6,6 +6,9 @@ bytes can beat there (bench/gpus.py). Bytes in flight are what decided on a GPU:
 that a thread may have under way, times the threads that a core (SM, compute unit) holds at once. They are the most
 there can be, and a kernel whose bandwidth times the memory's latency asks for more waits.
 
+Spills are told apart: a value that waits on the stack while the loops run is read once, one that is stored or read
+in a hot loop is paid for with every trip.
+
     python -m bench.machine_code [--quick] [target ...]    # writes bench/results/machine_code.jsonl for all targets
 """
 
@@ -17,6 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,34 +49,46 @@ RESULTS = Path(__file__).resolve().parent / "results" / "machine_code.jsonl"
 
 
 def compile_case(case: Case, target: str):
-    """Compiles a case; pointers are 16-byte aligned, and so is the vocabulary where the case says ALIGNED."""
+    """Compiles a case; pointers are 16-byte aligned, and the vocabulary is a multiple of 16 unless rows are shifted.
+
+    So are all integers of a peer's kernel, its strides among them, if it does not forbid that they are specialised.
+    """
     kernel, types = case.kernel, case.signature()
+    even = case.constants.get("LOADS") != "shifted"
     attributes = {}
-    for position, name in enumerate(kernel.arg_names):
-        aligned = types[name].startswith("*") or (name == "n_columns" and case.constants.get("ALIGNED", True))
-        if types[name] != "constexpr" and aligned:
+    for position, parameter in enumerate(kernel.params):
+        kind = types[parameter.name]
+        whole = even if case.source == "ours" and parameter.name == "n_columns" else case.source != "ours"
+        aligned = kind.startswith("*") or (kind in ("i32", "i64") and whole and not parameter.do_not_specialize)
+        if aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constexprs=case.constants, attrs=attributes)
-    # As the launchers of the vocabulary's kernels: what is fused is in their source.
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.source != "ours"}
+    options = {"num_warps": _warps(case, target), "enable_fp_fusion": case.fused}
     if case.registers is not None and not target.startswith("gfx"):
         options["maxnreg"] = case.registers
     return triton_compile(source, target=TARGETS[target], options=options)
 
 
+def _warps(case: Case, target: str) -> int:
+    """No program has more than 1024 threads, which launchers see to."""
+    return min(case.num_warps, 1024 // CORES[target].warp)
+
+
 @dataclass(frozen=True)
 class MachineCode:
-    """What the machine code of one kernel shows. Loop figures are those of its longest innermost loop (0 without).
+    """What the machine code of one kernel shows. Loop figures are those of its hot loops, together (0 without).
 
-    `load_bytes` are the global loads of that loop (of the whole program, without one) in bytes a thread;
+    `per_element` is the instructions of all hot loops; `load_bytes` what the loads of a trip bring a thread, in that
+    hot loop where it is least, and `narrowest_load` theirs too (of the whole program, without a loop);
     `warps_resident` how many warps a core holds at once, by registers and shared memory.
     """
 
     registers: int
     spills: int  # bytes of local (scratch) memory
+    spills_in_loop: int  # instructions of a trip that store or load there
     shared: int
     instructions: int
-    widest_load: int
+    narrowest_load: int  # bits
     barriers_in_loop: int
     loop_instructions: int
     per_element: float
@@ -93,46 +109,6 @@ def inspect(case: Case, target: str) -> MachineCode:
 _seen: dict[tuple[str, str, str], MachineCode] = {}
 
 
-CONDITIONAL = "?"  # before the operands of an instruction under a predicate
-
-
-def _label(operands: str) -> str:
-    found = re.search(r"\.L_x_\d+", operands)
-    return found[0] if found else ""
-
-
-def hot_loop(code: list[tuple[str, str]], labels: dict[str, int], is_branch, load) -> list[str]:
-    """The instructions of one trip of the longest loop that holds no other; of those that load, where some do.
-
-    A trip takes one side of an if: it falls through, jumps where the code jumps whatever the condition, and ends where
-    the code may first go back.
-    """
-
-    def target(position: int) -> int | None:
-        name, operands = code[position]
-        named = re.findall(r"[.\w$]+", operands) if is_branch(name) else []
-        return next((labels[label] for label in named if label in labels), None)
-
-    loops: dict[int, int] = {}  # first instruction -> last that goes back to it
-    for at in range(len(code)):
-        if (goal := target(at)) is not None and goal < at:
-            loops[goal] = at
-    inner = [a for a in loops.items() if not any(a[0] < b[0] and b[1] <= a[1] for b in loops.items())]
-    trips = []
-    for start, stop in inner:
-        at, trip = start, []
-        while at <= stop:
-            name, operands = code[at]
-            trip.append(name)
-            goal = target(at)
-            if goal == start:
-                break
-            always = not (operands.startswith(CONDITIONAL) or name.startswith("s_cbranch"))
-            at = goal if always and goal is not None and at < goal <= stop else at + 1
-        trips.append(trip)
-    return max(trips, key=lambda trip: (any(map(load, trip)), len(trip)), default=[])
-
-
 def nvidia_load(name: str) -> int:
     """Bytes a thread of a global load (LDG, or LDGSTS to shared memory); 0 for any other instruction."""
     parts = name.split(".")
@@ -151,24 +127,137 @@ def amd_load(name: str) -> int:
     return sizes.get(match[1], 1 if "byte" in match[1] else 2)
 
 
-def _figures(case: Case, target: str, registers: int, shared: int, code, labels, is_branch, barrier: str, load) -> dict:
-    core = CORES[target]
-    loop = hot_loop(code, labels, is_branch, load)
-    names = [name for name, _ in code]
-    counted = loop or names
-    loaded = sum(map(load, counted))
-    resident = core.resident_warps(registers, case.num_warps, shared)
+@dataclass(frozen=True)
+class Isa:
+    """How instructions are called: each field but `load` is what the name of such an instruction begins with."""
+
+    load: Callable[[str], int]
+    store: tuple[str, ...]
+    exponential: tuple[str, ...]
+    barrier: tuple[str, ...]
+    local: tuple[str, ...]
+
+    def has(self, trip: list[str], kind: tuple[str, ...]) -> bool:
+        return any(name.startswith(kind) for name in trip)
+
+
+NVIDIA = Isa(nvidia_load, ("STG",), ("MUFU.EX2",), ("BAR",), ("LDL", "STL"))
+AMD = Isa(amd_load, ("global_store", "buffer_store"), ("v_exp_",), ("s_barrier",), ("scratch_",))
+
+CONDITIONAL = "?"  # before the operands of an instruction under a predicate
+
+
+def _label(operands: str) -> str:
+    found = re.search(r"\.L_x_\d+", operands)
+    return found[0] if found else ""
+
+
+def nvidia_trips(code: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]]:
+    """The instructions of one trip of each loop that holds no other.
+
+    A trip takes one side of an if: it falls through, jumps where the code jumps whatever the condition, and ends where
+    the code may first go back.
+    """
+
+    def target(position: int) -> int | None:
+        name, operands = code[position]
+        named = re.findall(r"[.\w$]+", operands) if name in ("BRA", "BRA.U") else []
+        return next((labels[label] for label in named if label in labels), None)
+
+    loops: dict[int, int] = {}  # first instruction -> last that goes back to it
+    for at in range(len(code)):
+        if (goal := target(at)) is not None and goal < at:
+            loops[goal] = at
+    inner = [a for a in loops.items() if not any(a[0] < b[0] and b[1] <= a[1] for b in loops.items())]
+    found = []
+    for start, stop in inner:
+        at, trip = start, []
+        while at <= stop:
+            name, operands = code[at]
+            trip.append(name)
+            goal = target(at)
+            if goal == start:
+                break
+            always = not operands.startswith(CONDITIONAL)
+            at = goal if always and goal is not None and at < goal <= stop else at + 1
+        found.append(trip)
+    return found
+
+
+def amd_trips(text: str) -> tuple[list[str], list[list[str]]]:
+    """All instructions, and those of each loop that holds no other: LLVM notes with every block whose it is.
+
+    A trip takes both sides of an if, since lanes may differ.
+    """
+    names: list[str] = []
+    loops: dict[str, list[str]] = {}
+    inner = set()
+    block = loop = ""
+    for line in text.splitlines():
+        if label := re.match(r"(?:\.L|; %)(bb\.\d+|BB\w+):", line):
+            block, loop = label[1], ""
+        # A header's note may come a line later.
+        if note := re.search(r"in Loop: Header=(\w+)|This (Inner )?Loop Header", line):
+            loop = note[1] or block
+            inner |= {block} if note[2] else set()
+        elif instruction := re.match(r"\t((?:[sv]|global|buffer|ds|flat|scratch)_\w+)\b", line):
+            names.append(instruction[1])
+            loops.setdefault(loop, []).append(instruction[1])
+    return names, [trip for loop, trip in loops.items() if loop in inner]
+
+
+def hot_loops(found: list[list[str]], isa: Isa, streams: bool) -> list[list[str]]:
+    """Of the trips of the inner loops: the longest, of those that load where some do.
+
+    A kernel that streams has a hot loop for each thing it does to the elements (with stores or without, with
+    exponentials or without): of its kind the one that loads most, and that with the fewest instructions. Others are
+    the masked ends of rows, or what remains of an unrolled loop.
+    """
+
+    def preference(trip: list[str]) -> tuple[int, int]:
+        return -sum(map(isa.load, trip)), len(trip)
+
+    loading = [trip for trip in found if any(map(isa.load, trip))]
+    if not streams or not loading:
+        longest = max(loading or found, key=len, default=None)
+        return [] if longest is None else [longest]
+    kinds: dict[tuple[bool, bool], list[str]] = {}
+    for trip in sorted(loading, key=preference):
+        kinds.setdefault((isa.has(trip, isa.store), isa.has(trip, isa.exponential)), trip)
+    return list(kinds.values())
+
+
+def _figures(
+    case: Case, target: str, isa: Isa, registers: int, shared: int, names: list[str], trips: list[list[str]]
+) -> dict:  # fmt: skip
+    """MachineCode's fields but for the spilled bytes, from the instructions' names and the trips of the inner loops."""
+    core, warps = CORES[target], _warps(case, target)
+    streams = case.elements is None
+    loops = hot_loops(trips, isa, streams)
+    per_element, loaded = 0.0, []
+    for trip in loops or [names]:
+        bytes_loaded = sum(map(isa.load, trip))
+        if streams:
+            elements = bytes_loaded / case.bytes_loaded(isa.has(trip, isa.store))
+            bytes_loaded = int(elements * case.size)
+        else:
+            elements = case.elements / (warps * core.warp)
+        per_element += len(trip) / elements
+        loaded.append(bytes_loaded)
+    counted = [name for trip in loops or [names] for name in trip]
+    resident = core.resident_warps(registers, warps, shared)
     return {
         "registers": registers,
+        "spills_in_loop": sum(name.startswith(isa.local) for trip in loops for name in trip),
         "shared": shared,
         "instructions": len(names),
-        "widest_load": 8 * max(map(load, names), default=0),
-        "barriers_in_loop": sum(name.startswith(barrier) for name in loop),
-        "loop_instructions": len(loop),
-        "per_element": len(counted) * case.num_warps * core.warp / case.elements,
-        "load_bytes": loaded,
+        "narrowest_load": 8 * min(filter(None, map(isa.load, counted)), default=0),
+        "barriers_in_loop": sum(name.startswith(isa.barrier) for trip in loops for name in trip),
+        "loop_instructions": sum(map(len, loops)),
+        "per_element": per_element,
+        "load_bytes": min(loaded),
         "warps_resident": resident,
-        "bytes_in_flight": loaded * core.warp * resident,
+        "bytes_in_flight": min(loaded) * core.warp * resident,
     }
 
 
@@ -195,9 +284,10 @@ def _read_nvidia(case: Case, target: str, compiled) -> MachineCode:
             break
         code.pop()
     registers, shared = int(resources["REG"]), compiled.metadata.shared
-    is_branch = lambda name: name in ("BRA", "BRA.U")  # noqa: E731
-    figures = _figures(case, target, registers, shared, code, labels, is_branch, "BAR", nvidia_load)
-    return MachineCode(spills=int(resources["STACK"]) + int(resources["LOCAL"]), **figures)
+    spills = int(resources["STACK"]) + int(resources["LOCAL"])
+    names = [name for name, _ in code]
+    figures = _figures(case, target, NVIDIA, registers, shared, names, nvidia_trips(code, labels))
+    return MachineCode(spills=spills, **figures)
 
 
 def _read_amd(case: Case, target: str, compiled) -> MachineCode:
@@ -206,22 +296,11 @@ def _read_amd(case: Case, target: str, compiled) -> MachineCode:
     def metadata(key: str) -> int:
         return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
 
-    code, labels, block = [], {}, ""
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            block = label[1]
-        # A block outside of loops may be laid out backwards, and is none; an inner loop's note comes a line later.
-        if block and re.search("Loop Header|in Loop: Header", line):
-            labels[block] = len(code)
-        elif instruction := re.match(r"\t([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|flat_\w+)\b(.*)", line):
-            code.append((instruction[1], instruction[2]))
-            block = ""
+    names, trips = amd_trips(text)
     registers, shared = metadata("vgpr_count"), compiled.metadata.shared
-    is_branch = lambda name: name.startswith(("s_cbranch", "s_branch"))  # noqa: E731
-    figures = _figures(case, target, registers, shared, code, labels, is_branch, "s_barrier", amd_load)
     # Scalar registers spill into vector registers, not into memory; scratch memory is what costs.
     spills = metadata("private_segment_fixed_size") + metadata("vgpr_spill_count")
-    return MachineCode(spills=spills, **figures)
+    return MachineCode(spills=spills, **_figures(case, target, AMD, registers, shared, names, trips))
 
 
 def data(targets: list[str], extra: list[Case] | tuple[Case, ...] = ()) -> list[dict]:
@@ -250,15 +329,16 @@ def main() -> None:
     if unknown := set(targets) - set(TARGETS):
         parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
 
-    header = ("kernel", "source", "target", "registers", "spills", "shared", "load", "barriers", "instr/element",
-              "warps", "KB in flight", "limits: instructions | bytes, ms")  # fmt: skip
+    header = ("kernel", "source", "target", "registers", "spills", "in loop", "shared", "load", "barriers",
+              "instr/element", "warps", "KB in flight", "limits: instructions | bytes, ms")  # fmt: skip
     found = data(targets or list(TARGETS), peer_cases())
     table = [header]
     for row in found:
         limits = "; ".join(
             f"{gpu} {times['instructions']:.2f} | {times['bytes']:.2f}" for gpu, times in row["limits_ms"].items()
         )
-        keys = ("kernel", "source", "target", "registers", "spills", "shared", "widest_load", "barriers_in_loop")
+        keys = ("kernel", "source", "target", "registers", "spills", "spills_in_loop", "shared", "narrowest_load",
+                "barriers_in_loop")  # fmt: skip
         whole = "" if row["loop_instructions"] else " (whole)"
         table.append((*(str(row[key]) for key in keys), f"{row['per_element']:.2f}{whole}",
                       str(row["warps_resident"]), f"{row['bytes_in_flight'] / 1024:.0f}{whole}", limits))  # fmt: skip

@@ -146,12 +146,14 @@ def machine_code(rows: list[dict]) -> str:
     for row in chosen:
         limits = row["limits_ms"]["H200"]
         source = "" if row["source"] == "ours" else f" ({row['source']})"
-        figures = [str(row[key]) for key in ("registers", "widest_load", "barriers_in_loop", "warps_resident")]
+        figures = [str(row["registers"]), f"{row['spills']} / {row['spills_in_loop']}"]
+        figures += [str(row[key]) for key in ("narrowest_load", "barriers_in_loop", "warps_resident")]
         figures.append(f"{row['bytes_in_flight'] / 1024:.0f} KB")
         times = (f"{limits[key]:.2f} ms" for key in ("instructions", "bytes"))
         body.append((row["kernel"] + source, number(row["per_element"], 2), *figures, *times))
     first = chosen[0]
-    header = ("kernel, sm_90", "instructions an element", "registers", "load, bits", "barriers in the loop",
+    header = ("kernel, sm_90", "instructions an element", "registers", "bytes spilled / spills in the loops",
+              "narrowest load in the loops, bits", "barriers in the loops",
               "warps an SM holds", "their loads in flight", "H200, to issue them", "to move the bytes")  # fmt: skip
     return (
         markdown(header, body)

@@ -125,6 +125,8 @@ def test_fp16_head_in_one_pass(name, denominator, scale, backend, device):
 @pytest.mark.parametrize("factor", [1.0, 1 / 3])
 def test_main_grad_keeps_its_fp32(factor, backend, device):
     """One chunk or several: what main_grad gets is summed in fp32 and never rounded to the weight's dtype."""
+    if INTERPRETED:
+        pytest.skip("the interpreter cuts fp32 off to bf16 where a GPU rounds")
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(4, 16, 32, generator=generator).bfloat16().to(device)
     weight = torch.randn(200, 32, generator=generator).bfloat16().to(device)
@@ -178,15 +180,18 @@ def test_one_launch_double_backward_and_module(backend, device):
         module(logits, targets, torch.ones(2, device=device), route="three-stage")
 
 
-def test_few_rows_and_odd_rows_take_two_stages(backend, device):
-    """Where a program a row leaves a GPU idle, or loads are not wide, the two stages are faster."""
+def test_few_rows_and_columns_apart_take_two_stages(backend, device):
+    """Where a program a row leaves a GPU idle, or columns are apart, the two stages are faster."""
     if backend == "torch":
         pytest.skip("of the Triton backend")
-    targets = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for vocabulary in (64, 63):
-        logits = torch.randn(1, 1, vocabulary, device=device, requires_grad=True)
-        options = {"objective": dapo(), "backend": backend, "old_logprobs": torch.zeros(1, 1, device=device)}
-        assert policy_loss(logits, targets, torch.ones(1, device=device), **options).route == "two-stage"
+    rows = 1024 if device.type == "cuda" else 6
+    few, many = torch.randn(1, 1, 63, device=device), torch.randn(1, rows, 63, device=device)
+    apart = torch.randn(1, 63, rows, device=device).transpose(1, 2)
+    for logits, route in ((few, "two-stage"), (many, "one-launch"), (apart, "two-stage")):
+        targets = torch.zeros(logits.shape[:2], dtype=torch.long, device=device)
+        options = {"objective": dapo(), "backend": backend, "old_logprobs": torch.zeros(targets.shape, device=device)}
+        logits = logits.requires_grad_()
+        assert policy_loss(logits, targets, torch.ones(1, device=device), **options).route == route
 
 
 @pytest.mark.cuda

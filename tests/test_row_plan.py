@@ -36,7 +36,7 @@ def run(batch, hidden, weight, objective, backend, **options):
 @pytest.mark.parametrize("statistics", ["all", "active"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_same_with_a_plan(name, statistics, route, backend, device):
-    if INTERPRETED and (route, statistics) != ("auto", "all"):
+    if INTERPRETED and ((route, statistics) != ("auto", "all") or name in ("grpo", "dr_grpo", "nsr", "cispo", "sapo")):
         pytest.skip("the interpreter is slow")
     batch, hidden, weight = linear_inputs(PRESETS.index(name), device, active=3)
     batch.keywords = keywords_for(name, batch.keywords)
@@ -94,6 +94,8 @@ MIXED = {
 @pytest.mark.parametrize("budget", [None, 12 * 296, 296])
 def test_rules_of_mixed_kinds(rules, budget, backend, device, monkeypatch):
     """Whatever the chunks and the plan, the gradient is that of recomputation from all rows."""
+    if INTERPRETED and budget != 12 * 296:
+        pytest.skip("the interpreter is slow")
     objective = Objective(shaping=MIXED[rules])
     batch, hidden, weight = linear_inputs(4, device, active=4)
     batch.keywords.pop("min_p_logprobs")

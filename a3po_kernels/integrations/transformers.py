@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses.linear import linear_policy_loss
+from ..losses.rows import RowPlan, plan_rows
 from ..losses.stages import PolicyLossOutput
 from ..objectives import Objective
 from ..ops.linear_min_p import linear_min_p_token_logprobs
@@ -21,6 +22,7 @@ __all__ = [
     "check_head",
     "head_keywords",
     "min_p_logprobs_from_model",
+    "plan_rows_from_batch",
     "policy_loss_from_model",
     "swap_head",
     "token_logprobs_from_model",
@@ -30,11 +32,15 @@ PER_TOKEN = ("old_logprobs", "ref_logprobs", "polarity", "old_entropy", "min_p_l
 OWN = ("input_ids", "attention_mask", "completion_mask", "advantages", *PER_TOKEN)
 
 
-def _completions(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """targets [B, T] and mask [B, T] bool of the last T columns, checked."""
-    for name in ("input_ids", "completion_mask"):
+def _check_tensors(batch: Mapping[str, Any], *names: str) -> None:
+    for name in names:
         if not isinstance(batch.get(name), Tensor):
             raise TypeError(f"batch[{name!r}] must be a tensor; got {type(batch.get(name)).__name__}")
+
+
+def _completions(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """targets [B, T] and mask [B, T] bool of the last T columns, checked."""
+    _check_tensors(batch, "input_ids", "completion_mask")
     ids, mask = batch["input_ids"], batch["completion_mask"]
     if ids.ndim != 2:
         raise ValueError(f"batch['input_ids'] must have shape [B, L]; got {list(ids.shape)}")
@@ -74,11 +80,39 @@ def _run(model: nn.Module, batch: Mapping[str, Any], length: int, compute) -> tu
     return results[0], output
 
 
+def plan_rows_from_batch(
+    batch: Mapping[str, Any], objective: Objective, *, device: torch.device | str | None = None
+) -> RowPlan:
+    """plan_rows of a batch, for policy_loss_from_model(..., plan=): its rows are those of completion_mask [B, T].
+
+    Make it where the rollouts are scored, of each micro-batch that the loss gets and in its order. The loss then waits
+    for nothing on a GPU; this waits once, or not at all where completion_mask is on the CPU, as `advantages` then are.
+
+    Args:
+        batch: completion_mask, advantages and, if the loss gets it, polarity, as in policy_loss_from_model; nothing
+            else is read. completion_mask must have every token of the loss's; one that the loss leaves out is harmless.
+        objective: the loss's.
+        device: where the model's head will run; completion_mask's by default.
+
+    Raises:
+        TypeError, ValueError: as plan_rows does.
+    """
+    _check_tensors(batch, "completion_mask", "advantages")
+    mask, polarity = batch["completion_mask"], batch.get("polarity")
+    if mask.ndim != 2:
+        raise ValueError(f"batch['completion_mask'] must have shape [B, T]; got {list(mask.shape)}")
+    return plan_rows(
+        mask, batch["advantages"].to(mask.device), objective=objective, device=device,
+        polarity=None if polarity is None else polarity.to(mask.device),
+    )  # fmt: skip
+
+
 def policy_loss_from_model(
     model: nn.Module,
     batch: Mapping[str, Any],
     objective: Objective,
     *,
+    plan: RowPlan | None = None,
     aux_loss_coef: float | None = None,
     **options: Any,
 ) -> PolicyLossOutput:
@@ -94,6 +128,8 @@ def policy_loss_from_model(
             them, old_logprobs, ref_logprobs, old_entropy, min_p_logprobs [B, T], polarity and importance_weights
             [B] or [B, T]. Every other entry goes to the model as it is.
         objective: from a preset (a3po(), dapo(), ...) or composed.
+        plan: plan_rows_from_batch's of this batch, with which the head waits for nothing on a GPU; without one it waits
+            once, for how many rows may have a gradient.
         aux_loss_coef: of a mixture-of-experts' load-balancing loss, which is added where the model gives one (pass
             output_router_logits=True in batch); by default the config's router_aux_loss_coef.
         options: keywords of linear_policy_loss that are not the head's: step, temperature, denominator, route, ...
@@ -112,7 +148,8 @@ def policy_loss_from_model(
         tensors = {name: value.to(device) for name, value in given.items()}
         return linear_policy_loss(
             hidden, targets=targets.to(device), advantages=batch["advantages"].to(device), mask=mask.to(device),
-            objective=objective, **tensors, **head, **options,
+            objective=objective, plan=plan.to(device) if isinstance(plan, RowPlan) else plan, **tensors, **head,
+            **options,
         )  # fmt: skip
 
     result, output = _run(model, batch, targets.shape[1], compute)

@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import nanmax, nanmin
 
 from ..losses.batch import reads_old_entropy
+from ..losses.rows import RowPlan, plan_rows
 from ..losses.stages import PolicyLossOutput
 from ..objectives import Cispo, Clip, Objective, PolarityWeights
 from ._trl_config import A3POConfig, ratio_bounds
@@ -41,6 +42,9 @@ class A3POTrainer(GRPOTrainer):
     Divisors are TRL's: token-mean divides by the tokens of the whole optimizer step over all processes (the tokens the
     objective keeps, for psr, nsr and fork_tokens), the others by rollouts, accumulation included. The step that drives
     schedules is the trainer's global_step, which checkpoints save and restore.
+
+    Each slice of a generation batch that a loss gets has a "row_plan" (see plan_rows), made when TRL cuts it, so that
+    the loss waits for nothing on a GPU. Who changes a slice's mask or advantages after _prepare_inputs takes it out.
 
     Metrics are TRL's (entropy, kl, clip_ratio/*, cispo_clip_ratio, aux_loss, ...) and entropy/positive,
     entropy/negative, selected_fraction/positive, selected_fraction/negative, active_fraction, weight_beta.
@@ -143,6 +147,24 @@ class A3POTrainer(GRPOTrainer):
             proxies = self._in_batches(min_p_logprobs_from_model, self.model, batch, size, options)
             output["min_p_logprobs"] = torch.cat(proxies)
 
+    # -- the rows of the loss -----------------------------------------------------------------------------------------
+
+    def _row_plan(self, inputs: Mapping[str, Any]) -> RowPlan | None:
+        """The rows of one slice that may have a gradient; on a GPU it waits for their number."""
+        if self.args.head_compaction not in ("auto", "exact"):
+            return None
+        return plan_rows(self._token_mask(inputs), inputs["advantages"], objective=self.policy_objective)
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        # TRL has shuffled and cut the generation batch: the slices are what the losses get, once or num_iterations
+        # times. All are planned at once, while the device is idle after generation; in evaluation there is one.
+        for part in self._buffered_inputs if self.model.training else [inputs]:
+            plan = part.get("row_plan")
+            if plan is None or plan.objective != self.policy_objective:
+                part["row_plan"] = self._row_plan(part)
+        return inputs
+
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -187,7 +209,7 @@ class A3POTrainer(GRPOTrainer):
             batch["output_router_logits"] = True
         with self.accelerator.autocast():
             out = policy_loss_from_model(
-                model, batch, self.policy_objective, step=self.state.global_step,
+                model, batch, self.policy_objective, plan=inputs.get("row_plan"), step=self.state.global_step,
                 denominator=self._denominator(inputs, training), route=self.args.head_route,
                 statistics=self.args.head_statistics, **self._head_options(),
                 aux_loss_coef=self.router_aux_loss_coef / windows if self.aux_loss_enabled else 0.0,

@@ -171,6 +171,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl.utils.kernel.linear_cross_entropy.linear_cross_entropy by linear_token_logprobs, on any device.
 
+    verl gives it neither mask nor advantages: no rows can be planned (see plan_rows), and on a GPU forward waits once.
+
     Args:
         hidden: [..., H]; weight: [V, H]; labels: [...]: hidden's row i predicts labels[i].
         temperature: what the logits are divided by.

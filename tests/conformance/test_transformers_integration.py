@@ -16,6 +16,7 @@ from a3po_kernels.integrations.transformers import (
     check_head,
     head_keywords,
     min_p_logprobs_from_model,
+    plan_rows_from_batch,
     policy_loss_from_model,
     swap_head,
     token_logprobs_from_model,
@@ -215,6 +216,67 @@ def test_autocast():
         wide = policy_loss_from_model(model, batch, ak.dapo(), head_dtype=torch.float32).logprobs
     assert (ours - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
     assert not torch.equal(wide, ours)
+
+
+# -- rows planned ahead -----------------------------------------------------------------------------------------------
+
+
+def scored_batch():
+    """The third of four rollouts is empty, the fourth's advantage is 0; of the others 7 and 4 tokens are left."""
+    batch = tiny.batch()
+    batch["advantages"] = torch.tensor([-1.0, 1.5, 1.0, 0.0])
+    batch["old_logprobs"] = torch.full((4, 7), -3.3)
+    return batch
+
+
+PLANNED = {
+    "dapo": ({}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+    "a3po": ({}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+    "psr": ({}, [7, 8, 9, 10]),
+    "nsr": ({"polarity": torch.tensor([1, -1, -1, 1])}, [7, 8, 9, 10]),
+    "sapo": ({"advantages": torch.eye(4, 7)}, [0, 8, 24]),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_made_ahead(name, monkeypatch):
+    """It holds the rows that may have a gradient; with it the loss is the same and never asks for their number."""
+    change, rows = PLANNED[name]
+    model, batch, objective = tiny.build(), {**scored_batch(), **change}, getattr(ak, name)()
+    expected = policy_loss_from_model(model, batch, objective)
+    expected.loss.backward()
+    gradients = tiny.gradients(model)
+    scored = {key: values for key, values in batch.items() if key in ("completion_mask", "advantages", "polarity")}
+    plan = plan_rows_from_batch(scored, objective, device="cpu")
+    assert plan.rows.tolist() == rows and plan.count == 28
+
+    def wait(*arguments):
+        raise AssertionError("the loss made a plan of its own")
+
+    monkeypatch.setattr("a3po_kernels.losses.linear.find_rows", wait)
+    out = policy_loss_from_model(model, batch, objective, plan=plan)
+    out.loss.backward()
+    assert out.route == expected.route == "one-pass"
+    torch.testing.assert_close(out.loss, expected.loss, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(out.logprobs, expected.logprobs, atol=2e-6, rtol=0)
+    assert_same_gradients(tiny.gradients(model), gradients)
+    with pytest.raises(AssertionError, match="a plan of its own"):
+        policy_loss_from_model(model, batch, objective)
+
+
+def test_plans_of_something_else():
+    model, batch = tiny.build(), scored_batch()
+    other = {**batch, "advantages": batch["advantages"] * torch.tensor([1.0, 0.0, 1.0, 1.0])}
+    with pytest.raises(ValueError, match="made of another batch"):
+        policy_loss_from_model(model, batch, ak.dapo(), plan=plan_rows_from_batch(other, ak.dapo()))
+    with pytest.raises(ValueError, match="another objective"):
+        policy_loss_from_model(model, batch, ak.dapo(), plan=plan_rows_from_batch(batch, ak.a3po()))
+    with pytest.raises(TypeError, match="must be a RowPlan"):
+        policy_loss_from_model(model, batch, ak.dapo(), plan=batch["completion_mask"])
+    with pytest.raises(TypeError, match=r"batch\['advantages'\] must be a tensor; got NoneType"):
+        plan_rows_from_batch({"completion_mask": batch["completion_mask"]}, ak.dapo())
+    with pytest.raises(ValueError, match=r"must have shape \[B, T\]; got \[28\]"):
+        plan_rows_from_batch({**batch, "completion_mask": torch.ones(28)}, ak.dapo())
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -216,6 +216,59 @@ def test_no_logits_are_formed(folders, tmp_path):
     assert shapes == [(1, 1, 1)]
 
 
+# -- rows planned where TRL cuts the slices ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Notes (plan, mask, advantages) of each loss call; looking for rows in it, which waits on a GPU, is an error."""
+    calls = []
+
+    def noted(*arguments, plan, mask, advantages, **options):
+        calls.append((plan, mask, advantages))
+        return ak.linear_policy_loss(*arguments, plan=plan, mask=mask, advantages=advantages, **options)
+
+    monkeypatch.setattr("a3po_kernels.losses.linear.find_rows", None)
+    monkeypatch.setattr("a3po_kernels.integrations.transformers.linear_policy_loss", noted)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["dapo", "a3po"])
+def test_every_loss_has_the_plan_of_its_slice(name, losses, folders, tmp_path):
+    """Shuffled, cut into two slices, both used twice; and in evaluation."""
+    made = trainer(A3POTrainer, A3POConfig, folders / "llama", tmp_path, objective=name, num_iterations=2, max_steps=4)
+    # Half of the groups have equal rewards, and so no gradient.
+    made.reward_funcs = [lambda completions, **kwargs: [r * (i % 8 < 4) for i, r in enumerate(reward(completions))]]
+    made.train()
+    assert len(losses) == 8 and len({id(plan.planned) for plan, _, _ in losses}) == 4
+    made.eval_dataset = DATA.select(range(2))
+    made.evaluate()
+    for plan, mask, advantages in losses:
+        assert torch.equal(plan.planned, (mask & (advantages != 0)[:, None]).flatten())
+        assert torch.equal(plan.read, mask.flatten())
+    assert any(0 < plan.row_count < mask.sum() for plan, mask, _ in losses[:8]) and len(losses) > 8
+
+
+def test_a_plan_and_a_tool_mask(losses, folders, tmp_path):
+    data = inputs()
+    data["tool_mask"] = torch.ones_like(data["completion_mask"])
+    data["tool_mask"][0, 2:4] = 0
+    data["advantages"][3] = 0.0
+    theirs, ours = both(folders, tmp_path)
+    data["row_plan"] = ours._row_plan(data)
+    assert data["row_plan"].rows.tolist() == [0, 1, 4, 5, 6, 7, 8, 9, 10]
+    assert_same_step(theirs, ours, data)
+    data["tool_mask"][0, 2:4] = 1
+    with pytest.raises(ValueError, match="made of another batch"):
+        step_loss(ours, data)
+    # An objective that is replaced gets plans of its own; where every row is computed there is none.
+    ours._prepare_inputs([DATA[i // 4] for i in range(16)])
+    ours._step, ours.policy_objective = 1, ak.psr()
+    assert ours._prepare_inputs([])["row_plan"].objective == ak.psr()
+    ours.args.head_compaction = "none"
+    assert ours._row_plan(data) is None
+
+
 # -- what it adds -----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from .statistics import RUN_TIME
 from .tiles import exponent_scale_of, misalignment, row_pointer
 
 # Bytes of a row that are in flight at a time, and the warps that hold them: measured on an H200.
-_BLOCK_BYTES = 8192
+_BLOCK_BYTES = 4096
 _WARPS = 4
 _REGISTERS = 64
 # Below this many rows a processor a program writes one block.
