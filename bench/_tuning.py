@@ -11,12 +11,13 @@ import torch
 import a3po_kernels
 from bench import harness
 
+LANES = (128, 512, 1024)
 # (the call that is timed, the module of the constants, constant -> values): every combination is tried.
 SWEEPS: tuple[tuple[str, str, dict[str, tuple]], ...] = (
     (
         "statistics",
         "a3po_kernels.backends.triton.statistics",
-        {"SPAN": (16384, 32768, 65536), "_LANES_PER_THREAD": (1, 2, 4)},
+        {"_LANES_PER_THREAD": (1, 2, 4), "_UNROLL": (dict.fromkeys(LANES, 1), dict.fromkeys(LANES, 2))},
     ),
     (
         "gradient",
@@ -26,7 +27,7 @@ SWEEPS: tuple[tuple[str, str, dict[str, tuple]], ...] = (
     (
         "one launch",
         "a3po_kernels.backends.triton.one_launch",
-        {"_BLOCK_BYTES_PER_LANE": (8, 16, 32), "_MOST_WARPS": (16, 32)},
+        {"_UNROLL": (1, 2), "_REGISTERS": (32, 40, 64)},
     ),
 )
 

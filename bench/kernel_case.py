@@ -29,7 +29,8 @@ class Case:
     None: the kernel streams elements of `dtype`, and what a trip loads tells how many it handles.
     Types follow from the arguments' names; `pointers` are those of this kernel that do not. A peer's kernel brings all
     its `types`. `passes` is how often it reads or writes the logits (None: not at all);
-    `registers` the most that NVIDIA's compiler may give a thread; `fused` whether it may contract a * b + c.
+    `registers` the most that NVIDIA's compiler may give a thread; `amd_warps` where warps of 64 threads ask for another
+    number; `fused` whether it may contract a * b + c.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     pointers: dict | None = None
     passes: int | None = None
     registers: int | None = None
+    amd_warps: int | None = None
     fused: bool = True
     source: str = "ours"
 

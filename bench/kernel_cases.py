@@ -37,8 +37,7 @@ def _read_case(
     merged = {key: value for key, value in merged.items() if key in kernel.arg_names and value != "argument"}
     if "state_ptr" in kernel.arg_names and merged["FIRST"] and merged["LAST"]:
         merged["state_ptr"] = None
-    plain = merged["LOADS"] == "aligned" and not merged["HAS_SOFTCAP"] and size < 8
-    registers = statistics._REGISTERS[lanes] if plain else 128
+    registers = statistics.registers_of(lanes, size, merged["HAS_SOFTCAP"], merged["LOADS"])
     return Case(
         name, kernel, merged, None, dtype, statistics.warps_of(lanes), passes=_passes(name),
         registers=None if kernel is min_p_kernel else registers, fused=False,
@@ -75,7 +74,8 @@ def _one_launch_case(name: str, dtype: str = "bf16", columns: int = LIMIT_VOCABU
     pointers = {"rollout_ptr": "*i32"}
     return Case(
         name, one_launch.one_launch_kernel, merged, None, dtype, warps, pointers=pointers, passes=_passes(name),
-        registers=one_launch._REGISTERS, fused=False,
+        registers=one_launch.registers_of(dtype == "fp64", merged["HAS_SOFTCAP"], merged["LOADS"], stores),
+        fused=False, amd_warps=lanes // 64,
     )  # fmt: skip
 
 
@@ -87,7 +87,10 @@ def _terms_case(name: str, absent: tuple[str, ...] = _OPTIONAL, **constants) -> 
     defaults = {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": block, "COMPUTE": tl.float32}
     merged = {**dict.fromkeys(absent), **defaults, **constants}
     pointers = {"rollout_ptr": "*i32"}
-    return Case(name, policy_terms.policy_terms_kernel, merged, block, pointers=pointers, fused=False)
+    registers = policy_terms.REGISTERS
+    return Case(
+        name, policy_terms.policy_terms_kernel, merged, block, pointers=pointers, registers=registers, fused=False
+    )
 
 
 def _rules_case(name: str, two: bool) -> Case:

@@ -70,7 +70,9 @@ def compile_case(case: Case, target: str):
 
 
 def _warps(case: Case, target: str) -> int:
-    """No program has more than 1024 threads, which launchers see to."""
+    """As the launchers choose: no program has more than 1024 threads."""
+    if target.startswith("gfx") and case.amd_warps is not None:
+        return case.amd_warps
     return min(case.num_warps, 1024 // CORES[target].warp)
 
 

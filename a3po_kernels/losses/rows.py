@@ -41,12 +41,13 @@ class RowPlan:
         return self.count if self.rows is None else self.rows.numel()
 
     def to(self, device: torch.device | str) -> RowPlan:
-        """The plan on another device; a copy from pinned or pageable memory waits for nothing on the GPU."""
+        """The plan on another device; a copy to a GPU waits for nothing there."""
+        wait = torch.device(device).type == "cpu"  # what is copied from a GPU must have arrived when it is read
 
         def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
+            return None if x is None else x.to(device, non_blocking=not wait)
 
-        planned, read = (x.to(device, non_blocking=True) for x in (self.planned, self.read))
+        planned, read = (x.to(device, non_blocking=not wait) for x in (self.planned, self.read))
         return replace(self, rows=move(self.rows), rest=move(self.rest), planned=planned, read=read)
 
 

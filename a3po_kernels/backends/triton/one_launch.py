@@ -29,8 +29,10 @@ from .tiles import exponent_scale_of, row_pointer
 # Bytes of the gradient in flight for each lane, on the 16-byte grid and off it; measured on an H200.
 _BLOCK_BYTES_PER_LANE = {"aligned": 32, "shifted": 16, "strided": 16}
 _UNROLL = 2
-_REGISTERS = 32  # of a thread: 2048 threads are then on a processor, and one row's reads hide another's arithmetic
-_MOST_WARPS = 32 if torch.version.hip is None else 16  # 1024 threads
+# Of a thread: with 32 registers 2048 threads are on a processor, and one row's reads hide another's arithmetic. What
+# needs more would spill in its loops.
+_REGISTERS, _MORE_REGISTERS = 32, 64
+_THREADS_OF_A_WARP = 32 if torch.version.hip is None else 64
 
 
 @triton.jit
@@ -121,7 +123,11 @@ def one_launch_kernel(
 
 
 def warps_of(lanes: int) -> int:
-    return min(lanes // 32, _MOST_WARPS)
+    return lanes // _THREADS_OF_A_WARP
+
+
+def registers_of(double: bool, capped: bool, loads: str, stores: str) -> int:
+    return _MORE_REGISTERS if double or capped or "strided" in (loads, stores) else _REGISTERS
 
 
 def write_statistics_and_gradient(
@@ -131,8 +137,9 @@ def write_statistics_and_gradient(
     """Statistics of logits [batch, rows, V] into `results`, and the loss's gradient into `out`, perhaps the logits."""
     rows, columns, size = targets.numel(), logits.shape[-1], logits.element_size()
     lanes = lanes_of(columns, size)
-    stores = gradient_loads(logits, out)
+    loads, stores = loads_of(logits), gradient_loads(logits, out)
     block = lanes * _BLOCK_BYTES_PER_LANE[stores] // size
+    most = registers_of(logits.dtype == torch.float64, bool(transform.softcap), loads, stores)
     with device_guard(logits):
         one_launch_kernel[(rows,)](
             logits, targets, transform.temperature, out, *results, inputs.rollout, inputs.weights, inputs.advantages,
@@ -140,9 +147,9 @@ def write_statistics_and_gradient(
             columns, *row_arguments(logits, transform), out.stride(0), out.stride(1), out.stride(2),
             blocks_of(columns, block, stores, size), *form.numbers,
             KIND=form.kind, ESTIMATOR=form.kl_estimator, HAS_ENTROPY=bool(form.entropy_coef),
-            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads_of(logits), STORES=stores, EVEN=is_even(logits),
+            HAS_SOFTCAP=bool(transform.softcap), LOADS=loads, STORES=stores, EVEN=is_even(logits),
             LANES=lanes, UNROLL=_UNROLL, BLOCK=block, COMPUTE=triton_dtype(logits.dtype),
-            num_warps=warps_of(lanes), **VOCABULARY_OPTIONS, **registers(_REGISTERS),
+            num_warps=warps_of(lanes), **VOCABULARY_OPTIONS, **registers(most),
         )  # fmt: skip
 
 

@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.forms import METRICS, SUMS, PolicyInputs, SurrogateForm
-from .launch import VOCABULARY_OPTIONS, device_guard, triton_dtype
+from .launch import VOCABULARY_OPTIONS, device_guard, registers, triton_dtype
 from .math import LOG2E
 
 _BLOCK = 1024
+REGISTERS = 255
 
 
 @triton.jit
@@ -329,7 +330,7 @@ def loss_and_coefficients(
             policy_terms_kernel[(programs,)](
                 logp, entropy, *inputs, d_logp, d_entropy if form.entropy_coef else None, sums, rows, *form.numbers,
                 KIND=form.kind, SEQUENCE=form.sequence, ESTIMATOR=form.kl_estimator, BLOCK=_BLOCK,
-                COMPUTE=triton_dtype(logp.dtype), **VOCABULARY_OPTIONS,
+                COMPUTE=triton_dtype(logp.dtype), **VOCABULARY_OPTIONS, **registers(REGISTERS),
             )  # fmt: skip
         policy_metrics_kernel[(1,)](
             sums, inputs.counts, device_weight, out, programs, rollouts, 1.0 if device_weight is not None else weight,

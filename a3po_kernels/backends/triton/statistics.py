@@ -206,16 +206,22 @@ def fold_statistics(
     # Of the whole vocabulary, not of the tile: how that is cut depends on the number of rows.
     lanes = lanes_of(vocabulary or logits.shape[-1], logits.element_size())
     loads = loads_of(logits)
-    # Arithmetic or addresses that need more registers are not worth a spill.
-    plain = loads == "aligned" and not transform.softcap and logits.element_size() < 8
+    most = registers_of(lanes, logits.element_size(), bool(transform.softcap), loads)
     with device_guard(logits):
         row_statistics_kernel[(targets.numel(),)](
             logits, targets, transform.temperature, state, *results, logits.shape[-1],
             *row_arguments(logits, transform), first_column, 0 if state is None else state.stride(0),
             HAS_SOFTCAP=bool(transform.softcap), LOADS=loads, EVEN=is_even(logits), LANES=lanes,
             UNROLL=_UNROLL[lanes], FIRST=first, LAST=last, COMPUTE=triton_dtype(logits.dtype),
-            num_warps=warps_of(lanes), **VOCABULARY_OPTIONS, **registers(_REGISTERS[lanes] if plain else 128),
+            num_warps=warps_of(lanes), **VOCABULARY_OPTIONS, **registers(most),
         )  # fmt: skip
+
+
+def registers_of(lanes: int, itemsize: int, capped: bool, loads: str) -> int:
+    """Arithmetic or addresses that need more registers are not worth a spill."""
+    if itemsize == 8 or loads == "strided":
+        return 128
+    return 64 if capped or loads == "shifted" else _REGISTERS[lanes]
 
 
 def warps_of(lanes: int) -> int:
