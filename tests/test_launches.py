@@ -49,10 +49,10 @@ def on_logits(name: str, **options):
     return counted.total(), describe(counted)
 
 
-# What an issue asked for is 20 for DAPO and 26 for A3PO; what there is, is held.
+# The goal was 20 for DAPO and 26 for A3PO; what there is, is held.
 @pytest.mark.parametrize(
     "name, route, most",
-    [("dapo", "one-launch", 11), ("a3po", "one-launch", 12), ("dapo", "two-stage", 12), ("a3po", "two-stage", 13)],
+    [("dapo", "one-launch", 9), ("a3po", "one-launch", 10), ("dapo", "two-stage", 10), ("a3po", "two-stage", 11)],
 )
 def test_policy_loss(name, route, most):
     total, which = on_logits(name, route=route)
@@ -60,7 +60,7 @@ def test_policy_loss(name, route, most):
     assert total >= 6, f"the counter sees too little: {which}"
 
 
-@pytest.mark.parametrize("name, most", [("dapo", 40), ("a3po", 41)])
+@pytest.mark.parametrize("name, most", [("dapo", 31), ("a3po", 32)])
 def test_linear_policy_loss(name, most):
     """One chunk of every row: three products, and what stands around them."""
     from launches import describe, launches

@@ -21,7 +21,7 @@ def _policy_terms(
     beta_tensor: Tensor | None, beta: float, kind: str, sequence: bool, kl_estimator: str, numbers: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, loss and METRICS [14]) of flat [N] tensors."""
+    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, METRICS [13]) of flat [N] tensors."""
     form = SurrogateForm(kind, sequence, kl_estimator, *numbers)
     inputs = PolicyInputs(
         tokens, rollout, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected, offsets,
@@ -31,18 +31,17 @@ def _policy_terms(
     d_logp = torch.empty_like(logp)
     d_entropy = torch.empty(logp.numel() if form.entropy_coef else 0, dtype=logp.dtype, device=logp.device)
     weight = beta if beta_tensor is None else beta_tensor
-    out = choose(backend, logp.device).loss_and_coefficients(
+    loss, metrics = choose(backend, logp.device).loss_and_coefficients(
         logp, entropy, inputs, form, weight, d_logp, d_entropy
     )
-    # An operator's outputs share no memory: the loss is copied away from what stands with it.
-    return out[0].clone(), d_logp, d_entropy, out
+    return loss, d_logp, d_entropy, metrics
 
 
 @_policy_terms.register_fake
 def _(logp, *arguments):
     numbers = arguments[-2]
     count = logp.shape[0] if SurrogateForm("", False, "", *numbers).entropy_coef else 0
-    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(count), logp.new_empty(1 + len(METRICS))
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(count), logp.new_empty(len(METRICS))
 
 
 def _setup_context(ctx, inputs, output):
@@ -79,8 +78,8 @@ def policy_terms(
 ) -> PolicyTerms:
     """The loss of flat [N] log-probs and entropies, and its coefficients. beta: the metric `weight`."""
     tensor = beta if isinstance(beta, Tensor) else None
-    loss, d_logp, d_entropy, out = _terms_plainly(
+    found = _terms_plainly(
         logp, entropy, *inputs, tensor, 1.0 if tensor is not None else float(beta), form.kind, form.sequence,
         form.kl_estimator, [float(x) for x in form.numbers], backend,
     )  # fmt: skip
-    return PolicyTerms(loss, d_logp, d_entropy, out[1:])
+    return PolicyTerms(*found)

@@ -101,8 +101,8 @@ def loss_terms(
 def loss_and_coefficients(
     logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, weight: float | Tensor, d_logp: Tensor,
     d_entropy: Tensor,
-) -> Tensor:  # fmt: skip
-    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss and METRICS, [14]."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss [] and METRICS [13]."""
     dtype, tokens, offsets = logp.dtype, inputs.tokens, inputs.offsets
     rollout = inputs.rollout.long()
 
@@ -147,7 +147,8 @@ def loss_and_coefficients(
     means = torch.stack([entropy.sum(), at(terms.kl, tokens).sum(), -gap.sum(), ratio.sum()]) / per_token
     largest = ratio.amax() if ratio.numel() else ratio.new_zeros(())
     beta = weight.to(dtype) if isinstance(weight, Tensor) else torch.full_like(loss, weight)
-    return torch.stack([
-        loss, *means.unbind(), largest, low / per_token, high / per_token, dual / per_token,
+    metrics = torch.stack([
+        *means.unbind(), largest, low / per_token, high / per_token, dual / per_token,
         chosen_up / up.clamp(min=1.0), chosen_down / down.clamp(min=1.0), moving / every.clamp(min=1.0), every, beta,
     ])  # fmt: skip
+    return loss, metrics

@@ -274,10 +274,10 @@ def _pick(sums, lanes, at: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_parts", "n_rollouts"])
 def policy_metrics_kernel(
-    sums_ptr, counts_ptr, weight_ptr, out_ptr, n_parts: tl.int32, n_rollouts: tl.int32, weight: tl.float64,
+    sums_ptr, counts_ptr, weight_ptr, loss_ptr, out_ptr, n_parts: tl.int32, n_rollouts: tl.int32, weight: tl.float64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts [n_parts, 15] in fp64; out is the loss and METRICS. Grid (1,)."""
+    """Adds the parts [n_parts, 15] in fp64 to the loss [] and METRICS [13]. Grid (1,)."""
     lanes = tl.arange(0, 16)
     parts = tl.arange(0, BLOCK)
     total = tl.zeros((16,), tl.float64)
@@ -292,32 +292,32 @@ def policy_metrics_kernel(
         every += tl.load(counts_ptr + first + parts, mask=first + parts < n_rollouts, other=0.0).to(tl.float64)
     tokens = tl.sum(every, axis=0)
     per_token = tl.maximum(_pick(total, lanes, 13), 1.0)
-    tl.store(out_ptr, _pick(total, lanes, 0))
-    tl.store(out_ptr + 1, _pick(total, lanes, 1) / per_token)
-    tl.store(out_ptr + 2, _pick(total, lanes, 2) / per_token)
-    tl.store(out_ptr + 3, _pick(total, lanes, 3) / per_token)
-    tl.store(out_ptr + 4, _pick(total, lanes, 4) / per_token)
-    tl.store(out_ptr + 5, _pick(largest, lanes, 14))
-    tl.store(out_ptr + 6, _pick(total, lanes, 5) / per_token)
-    tl.store(out_ptr + 7, _pick(total, lanes, 6) / per_token)
-    tl.store(out_ptr + 8, _pick(total, lanes, 7) / per_token)
-    tl.store(out_ptr + 9, _pick(total, lanes, 8) / tl.maximum(_pick(total, lanes, 10), 1.0))
-    tl.store(out_ptr + 10, _pick(total, lanes, 9) / tl.maximum(_pick(total, lanes, 11), 1.0))
-    tl.store(out_ptr + 11, _pick(total, lanes, 12) / tl.maximum(tokens, 1.0))
-    tl.store(out_ptr + 12, tokens)
+    tl.store(loss_ptr, _pick(total, lanes, 0))
+    tl.store(out_ptr, _pick(total, lanes, 1) / per_token)
+    tl.store(out_ptr + 1, _pick(total, lanes, 2) / per_token)
+    tl.store(out_ptr + 2, _pick(total, lanes, 3) / per_token)
+    tl.store(out_ptr + 3, _pick(total, lanes, 4) / per_token)
+    tl.store(out_ptr + 4, _pick(largest, lanes, 14))
+    tl.store(out_ptr + 5, _pick(total, lanes, 5) / per_token)
+    tl.store(out_ptr + 6, _pick(total, lanes, 6) / per_token)
+    tl.store(out_ptr + 7, _pick(total, lanes, 7) / per_token)
+    tl.store(out_ptr + 8, _pick(total, lanes, 8) / tl.maximum(_pick(total, lanes, 10), 1.0))
+    tl.store(out_ptr + 9, _pick(total, lanes, 9) / tl.maximum(_pick(total, lanes, 11), 1.0))
+    tl.store(out_ptr + 10, _pick(total, lanes, 12) / tl.maximum(tokens, 1.0))
+    tl.store(out_ptr + 11, tokens)
     beta = tl.full((), weight, tl.float64)
     if weight_ptr is not None:
         beta = tl.load(weight_ptr).to(tl.float64)
-    tl.store(out_ptr + 13, beta)
+    tl.store(out_ptr + 12, beta)
 
 
 def loss_and_coefficients(
     logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, weight: float | Tensor, d_logp: Tensor,
     d_entropy: Tensor,
-) -> Tensor:  # fmt: skip
-    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss and METRICS, [14]."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss [] and METRICS [13]."""
     rows, rollouts = logp.numel(), inputs.offsets.numel() - 1
-    out = logp.new_empty(1 + len(METRICS))
+    loss, out = logp.new_empty(()), logp.new_empty(len(METRICS))
     programs = rollouts if form.sequence else triton.cdiv(rows, _BLOCK)
     if form.sequence:
         d_logp.zero_()  # a row that no rollout holds has no gradient
@@ -333,7 +333,7 @@ def loss_and_coefficients(
                 COMPUTE=triton_dtype(logp.dtype), **VOCABULARY_OPTIONS, **registers(REGISTERS),
             )  # fmt: skip
         policy_metrics_kernel[(1,)](
-            sums, inputs.counts, device_weight, out, programs, rollouts, 1.0 if device_weight is not None else weight,
-            BLOCK=64,
+            sums, inputs.counts, device_weight, loss, out, programs, rollouts,
+            1.0 if device_weight is not None else weight, BLOCK=64,
         )  # fmt: skip
-    return out
+    return loss, out
