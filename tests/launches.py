@@ -15,7 +15,8 @@ PASSIVE = {
     f"aten::{name}" for name in
     """empty empty_like empty_strided new_empty view view_as reshape _reshape_alias detach detach_ as_strided select
     slice unbind expand expand_as squeeze unsqueeze t transpose permute alias result_type set_ to contiguous split
-    resolve_conj resolve_neg lift_fresh unsafe_split narrow flatten split_with_sizes _unsafe_view""".split()
+    resolve_conj resolve_neg lift_fresh unsafe_split narrow flatten split_with_sizes _unsafe_view
+    promote_types resize_""".split()
 }  # fmt: skip
 
 
