@@ -117,9 +117,13 @@ def test_fp16_head_in_one_pass(name, denominator, scale, backend, device):
 
     exact = gradients(torch.float64, "one-pass")
     found = gradients(torch.float16, "one-pass")
+    compared = 0
     for mine, truth in zip(found, exact, strict=True):
-        if truth.abs().max() > 6e-5 and truth.abs().max() < 6e4:  # fp16's normal numbers
-            assert (mine.double() - truth).norm() < 4e-3 * truth.norm() + 1e-7 * truth.numel() ** 0.5
+        if 6e-5 < truth.abs().max() < 6e4:  # fp16's normal numbers
+            # Elements below them have steps of 6e-8.
+            assert (mine.double() - truth).norm() < 4e-3 * truth.norm() + 6e-8 * truth.numel() ** 0.5
+            compared += 1
+    assert compared or denominator == 1.0 or name in ("gspo", "lp_reg")
 
 
 @pytest.mark.parametrize("factor", [1.0, 1 / 3])
@@ -163,6 +167,34 @@ def test_double_backward_of_log_probs_raises(backend, device):
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("route", ["one-launch", "two-stage"])
+def test_double_backward_in_place_raises(route, backend, device):
+    leaf = torch.randn(2, 5, 64, device=device, requires_grad=True)
+    targets = torch.randint(0, 64, (2, 5), device=device)
+    options = {"objective": dapo(), "old_logprobs": torch.full((2, 5), -4.0, device=device), "backend": backend}
+    advantages = torch.tensor([1.0, -1.0], device=device)
+    loss = policy_loss(leaf * leaf, targets, advantages, route=route, inplace_backward=True, **options).loss
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+def test_transforms_go_by_the_operators(backend, device):
+    """torch.func's wrappers look like tensors: a plain call would hand them to a kernel."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from a3po_kernels.core.operators import runs_plainly
+
+    x = torch.randn(2, 3, device=device)
+    assert runs_plainly(x) and runs_plainly(torch.nn.Parameter(x))
+    seen = []
+    torch.vmap(lambda row: seen.append(runs_plainly(row)) or row)(x)
+    with FakeTensorMode() as mode:
+        seen.append(runs_plainly(mode.from_tensor(x)))
+    seen.append(runs_plainly(mode.from_tensor(x)))
+    assert seen == [False, False, False]
+
+
 def test_one_launch_double_backward_and_module(backend, device):
     module = PolicyLoss(a3po(), route="one-launch", backend=backend)
     logits = torch.randn(2, 5, 64, device=device, requires_grad=True)
@@ -181,9 +213,7 @@ def test_one_launch_double_backward_and_module(backend, device):
 
 
 def test_few_rows_and_columns_apart_take_two_stages(backend, device):
-    """Where a program a row leaves a GPU idle, or columns are apart, the two stages are faster."""
-    if backend == "torch":
-        pytest.skip("of the Triton backend")
+    """Where a program a row leaves a GPU idle, or columns are apart, the two stages are faster; on a CPU they are."""
     rows = 1024 if device.type == "cuda" else 6
     few, many = torch.randn(1, 1, 63, device=device), torch.randn(1, rows, 63, device=device)
     apart = torch.randn(1, 63, rows, device=device).transpose(1, 2)
@@ -191,6 +221,7 @@ def test_few_rows_and_columns_apart_take_two_stages(backend, device):
         targets = torch.zeros(logits.shape[:2], dtype=torch.long, device=device)
         options = {"objective": dapo(), "backend": backend, "old_logprobs": torch.zeros(targets.shape, device=device)}
         logits = logits.requires_grad_()
+        route = route if backend == "triton" else "two-stage"
         assert policy_loss(logits, targets, torch.ones(1, device=device), **options).route == route
 
 

@@ -113,24 +113,23 @@ def test_fewer_rows_by_number_alone(name, backend, device, monkeypatch):
     """On a GPU the rows that a rule keeps are bounded by their number: the way it goes there, taken here."""
     from a3po_kernels.losses import one_pass
 
+    seen: list = []
     real = one_pass._with_gradient
 
-    def as_on_a_gpu(d_logp, d_entropy, most):
-        moving = d_logp != 0 if d_entropy is None else (d_logp != 0) | (d_entropy != 0)
-        if most >= d_logp.numel():
-            return None
-        seen.append((int(moving.sum()), most))
-        return torch.sort((~moving).to(torch.int8), stable=True).indices[:most]
+    def watched(d_logp, d_entropy, most):
+        kept = real(d_logp, d_entropy, most)
+        seen.append((int((d_logp != 0).sum()), most, None if kept is None else kept.numel()))
+        return kept
 
-    seen: list = []
     batch, hidden, weight = linear_inputs(2, device)
     batch.keywords = keywords_for(name, batch.keywords)
     rule = TokenRule(metric="entropy", source="current", side="high", ratio=0.3, rest_scale=0.0)
     objective = a3po_kernels.fork_tokens() if name == "fork_tokens" else Objective(shaping=(rule,))
     _, expected = run(batch, hidden, weight, objective, backend, route="recompute")
-    monkeypatch.setattr(one_pass, "_with_gradient", as_on_a_gpu)
+    monkeypatch.setattr(one_pass, "_with_gradient", watched)
+    monkeypatch.setattr(one_pass, "_counts_freely", lambda device: False)
     _, found = run(batch, hidden, weight, objective, backend, route="one-pass")
-    assert real is not one_pass._with_gradient and seen and all(kept <= most for kept, most in seen)
+    assert seen and all(moving <= most == kept for moving, most, kept in seen), seen
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
@@ -151,8 +150,13 @@ def test_a_wrong_plan_is_refused(backend, device):
         loss(plan_rows(fewer, batch.advantages, objective=dapo()))
     with pytest.raises(ValueError, match="another objective"):
         loss(plan_rows(mask, batch.advantages, objective=a3po_kernels.grpo()))
-    with pytest.raises(ValueError, match="plan must be of 66 rows"):
+    with pytest.raises(ValueError, match="plan must be of 66 rows in 6 rollouts; got one of 22 in 2"):
         loss(plan_rows(mask[:2], batch.advantages[:2], objective=dapo()))
+    # The same rows in other rollouts: whole ones would be cut.
+    ends = torch.tensor([0, 10, 20, 30, 40, 50, 66], device=device)
+    other = plan_rows(mask.flatten(), batch.advantages, objective=dapo(), cu_seqlens=ends)
+    with pytest.raises(ValueError, match="made of another batch"):
+        loss(other)
     with pytest.raises(TypeError, match="plan must be a RowPlan"):
         loss(mask)
     plan = plan_rows(mask, batch.advantages, objective=dapo())
@@ -164,15 +168,26 @@ def test_a_wrong_plan_is_refused(backend, device):
         plan_rows(mask, batch.advantages[:3], objective=dapo())
 
 
-@pytest.mark.cuda
-def test_a_wrong_plan_is_nan_on_a_gpu():
-    """Values are not read there: the loss and every gradient are NaN rather than wrong."""
-    batch, hidden, weight = linear_inputs(1, torch.device("cuda"))
+@pytest.mark.parametrize("active", [0, 1])
+def test_a_wrong_plan_is_nan_where_values_are_not_read(active, backend, device, monkeypatch):
+    """As on a GPU: the loss and every gradient hold NaN rather than something wrong, even where no row is planned."""
+    from a3po_kernels.losses import batch as reading
+    from a3po_kernels.losses import linear
+
+    for module in (linear, reading):
+        monkeypatch.setattr(module, "reads_values", lambda *_: False)
+    rows_of = linear._recomputed_rows
+    monkeypatch.setattr(
+        linear, "_recomputed_rows", lambda plan, *rest: (linear.GIVEN, linear.GIVEN, (plan.rows, plan.rows))
+    )
+    assert rows_of is not linear._recomputed_rows
+    batch, hidden, weight = linear_inputs(1, device)
     batch.keywords.pop("min_p_logprobs")
-    plan = plan_rows(batch.keywords["mask"], torch.zeros_like(batch.advantages), objective=dapo())
-    plan = plan_rows(batch.keywords["mask"], batch.advantages * (torch.arange(6).cuda() < 1), objective=dapo())
-    output, gradients = run(batch, hidden, weight, dapo(), "triton", plan=plan)
-    assert output.loss.isnan() and gradients[1].isnan().any()
+    fewer = batch.advantages * (torch.arange(6, device=device) < active)
+    plan = plan_rows(batch.keywords["mask"], fewer, objective=dapo())
+    for route in ("auto", "recompute"):
+        output, gradients = run(batch, hidden, weight, dapo(), backend, plan=plan, route=route)
+        assert output.loss.isnan() and all(gradient.isnan().any() for gradient in gradients)
 
 
 @pytest.mark.cuda

@@ -16,10 +16,11 @@ _PLAIN = torch._C._disabled_torch_dispatch_impl
 
 
 def runs_plainly(tensor: Tensor) -> bool:
-    """Whether a call is an ordinary one: not compiled, not traced, on real tensors."""
+    """Whether a call is an ordinary one: not compiled, traced or transformed, on real tensors."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
         and getattr(type(tensor), "__torch_dispatch__", None) is _PLAIN
     )
 

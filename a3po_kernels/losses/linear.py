@@ -72,7 +72,9 @@ def linear_policy_loss(
 
     Args:
         hidden: [B, T, H], or [N, H] with cu_seqlens; row i predicts targets[i].
-        weight, bias, vocab_size, lora, main_grad, max_chunk_bytes, compaction, head_dtype: as in linear_token_logprobs.
+        weight, bias, vocab_size, lora, main_grad, compaction, head_dtype: as in linear_token_logprobs.
+        max_chunk_bytes: as there; in one pass by default 1/32 of a GPU's memory, halved while that is more than half of
+            what is free. More chunks are slower, hold less, and sum the weight's gradient in another order.
         route: "one-pass" forms the logits of a chunk of rows once, with their gradient in place; it needs all that a
             token's coefficients depend on in one chunk: nothing but the token, or whole rollouts (a rollout-wide ratio,
             a selection by the current policy), or the batch. Its gradient is scaled by the incoming one in backward,
@@ -131,7 +133,7 @@ def linear_policy_loss(
     current = current_rules(objective, batch)
     unit = "batch" if objective.low_probability is not None else dependence(objective, current)
     if plan is not None:
-        check_plan(plan, layout.count, hidden.device, objective, unit)
+        check_plan(plan, layout, hidden.device, objective, unit)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.parameters)
     shaped = None if current else shape(objective, batch, None, backend)
     possible = may_move(objective, tokens, batch.advantages, batch.polarity)
@@ -147,7 +149,7 @@ def linear_policy_loss(
         elif chosen == EVERY:
             plan = _every_row(batch, unit, objective)
     elif plan is not None:
-        left_out = _left_out(plan, mine, computed, validate)
+        left_out = _left_out(plan, batch, mine, computed, validate)
         if statistics == "active":
             plan = replace(plan, rest=None)
             computed = mine & plan.planned
@@ -166,7 +168,7 @@ def linear_policy_loss(
 
     def scale_of(weights: Tensor) -> Tensor:
         scale = loss_scale(objective, batch, weights, backend)
-        # Rows without which the gradient would be wrong: NaN everywhere instead.
+        # Rows without which the gradient would be wrong: NaN instead.
         return scale if left_out is None else scale.masked_fill(left_out, torch.nan)
 
     tiles = None
@@ -211,12 +213,12 @@ def _every_row(batch: TokenBatch, unit: str, objective: Objective) -> RowPlan:
     else:
         boundaries = (0, count)  # where they end is on the device: they stay together
     every = torch.ones_like(batch.tokens)
-    return RowPlan(None, None, every, every, boundaries, count, objective, unit, False)
+    return RowPlan(None, None, every, every, boundaries, batch.offsets, count, objective, unit, False)
 
 
-def _left_out(plan: RowPlan, mine: Tensor, computed: Tensor, validate: bool) -> Tensor:
+def _left_out(plan: RowPlan, batch: TokenBatch, mine: Tensor, computed: Tensor, validate: bool) -> Tensor:
     """0-d bool: whether the plan leaves out a row that it must not; a ValueError where values may be read."""
-    left_out = ((mine & ~plan.planned) | (computed & ~plan.read)).any()
+    left_out = ((mine & ~plan.planned) | (computed & ~plan.read)).any() | (plan.offsets != batch.offsets).any()
     if reads_values(left_out, validate) and bool(left_out):
         raise ValueError("plan leaves out tokens, or rows that may have a gradient: it was made of another batch")
     return left_out

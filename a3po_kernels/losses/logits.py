@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..backends import check_backend
 from ..core.checks import as_rows, check_rows, compute_dtype
 from ..core.layout import token_layout
+from ..core.operators import runs_plainly
 from ..core.transform import Transform
 from ..objectives import Objective
 from ..ops.min_p import min_p_rows_of
@@ -43,8 +44,8 @@ def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor) -> 
     if logits.dtype == torch.float16:
         # Divided by the denominator and not yet multiplied by a loss scaler's factor, it would underflow.
         return "an fp16 gradient must wait for the factor of the loss scaler"
-    if torch.compiler.is_compiling():
-        return "under torch.compile the gradient is formed in backward"
+    if not runs_plainly(logits):
+        return "what is compiled, traced or transformed forms the gradient in backward"
     return None
 
 

@@ -166,11 +166,16 @@ def one_pass(
     return OnePass(terms.loss, stats, shaped.weights, terms.metrics, gradients, power)
 
 
+def _counts_freely(device: torch.device) -> bool:
+    """Whether counting rows waits for nothing."""
+    return device.type == "cpu"
+
+
 def _with_gradient(d_logp: Tensor, d_entropy: Tensor | None, most: int) -> Tensor | None:
     """The rows of a chunk that have a gradient, where leaving out the others pays and waits for nothing; else None."""
     count = d_logp.numel()
     moving = d_logp != 0 if d_entropy is None else (d_logp != 0) | (d_entropy != 0)
-    if d_logp.device.type == "cpu":
+    if _counts_freely(d_logp.device):
         kept = moving.nonzero()[:, 0]
         return kept if kept.numel() < (1 - _WORTH_GATHERING) * count else None
     if most >= (1 - _WORTH_GATHERING) * count:

@@ -22,8 +22,8 @@ class RowPlan:
 
     rows: int64 [K] in order (None: all N); rest: the other rows with a token (None: none); planned, read: bool [N],
     True at `rows`, and at `rows` and `rest`; boundaries: where each rollout begins among the rows, [S + 1] numbers on
-    the host; count: N; objective: what it was made for; unit: what is never cut, a "token", a "rollout" or the "batch";
-    exact: every row is a token.
+    the host; offsets: [S + 1], of the rollouts among all rows; count: N; objective: what it was made for; unit: what is
+    never cut, a "token", a "rollout" or the "batch"; exact: every row is a token.
     """
 
     rows: Tensor | None
@@ -31,6 +31,7 @@ class RowPlan:
     planned: Tensor
     read: Tensor
     boundaries: tuple[int, ...]
+    offsets: Tensor
     count: int
     objective: Objective | None
     unit: str
@@ -47,8 +48,10 @@ class RowPlan:
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=not wait)
 
-        planned, read = (x.to(device, non_blocking=not wait) for x in (self.planned, self.read))
-        return replace(self, rows=move(self.rows), rest=move(self.rest), planned=planned, read=read)
+        planned, read, offsets = (x.to(device, non_blocking=not wait) for x in (self.planned, self.read, self.offsets))
+        return replace(
+            self, rows=move(self.rows), rest=move(self.rest), planned=planned, read=read, offsets=offsets
+        )
 
 
 def dependence(objective: Objective, current: list[TokenRule]) -> str:
@@ -104,7 +107,7 @@ def find_rows(
         left = torch.sort((~second).to(torch.int8), stable=True).indices[:rest]
     planned = first if rows is not None else torch.ones(count, dtype=torch.bool, device=device)
     read = planned if second is None else planned | second
-    return RowPlan(rows, left, planned, read, tuple(boundaries), count, objective, unit, exact)
+    return RowPlan(rows, left, planned, read, tuple(boundaries), offsets, count, objective, unit, exact)
 
 
 def _per_token(layout: TokenLayout, values: Tensor) -> Tensor:
@@ -136,8 +139,9 @@ def plan_rows(
         device: where the loss will run; the mask's by default.
 
     Returns:
-        A RowPlan. The loss is NaN where a row outside it turns out to be a token, or one with a gradient (on the CPU,
-        and under `validate`, it is a ValueError): a plan of another batch is never silently wrong.
+        A RowPlan. Where a row outside it turns out to be a token, or one with a gradient, or the rollouts are others,
+        the loss is NaN and each gradient holds NaN (on the CPU, and under `validate`, it is a ValueError): a plan of
+        another batch is never silently wrong.
 
     Raises:
         ValueError, TypeError: as linear_policy_loss does for these arguments.
@@ -165,12 +169,14 @@ def plan_rows(
     return plan if device is None else plan.to(device)
 
 
-def check_plan(plan: Any, count: int, device: torch.device, objective: Objective, unit: str) -> None:
+def check_plan(plan: Any, layout: TokenLayout, device: torch.device, objective: Objective, unit: str) -> None:
     """Raises TypeError or ValueError for a plan of something else."""
     if not isinstance(plan, RowPlan):
         raise TypeError(f"plan must be a RowPlan, from plan_rows; got {type(plan).__name__}")
-    if plan.count != count:
-        raise ValueError(f"plan must be of {count} rows; got one of {plan.count}")
+    rows, rollouts = plan.count, plan.offsets.numel() - 1
+    if (rows, rollouts) != (layout.count, layout.rollouts):
+        takes = f"{layout.count} rows in {layout.rollouts} rollouts"
+        raise ValueError(f"plan must be of {takes}; got one of {rows} in {rollouts}")
     if plan.planned.device != device:
         raise ValueError(f"plan must be on {device}; got {plan.planned.device}: plan_rows(..., device=)")
     if plan.objective != objective:

@@ -118,6 +118,8 @@ def _linear_gradient(
     given = [gradient for gradient in (grad_logp, grad_entropy) if gradient is not None]
     active &= torch.stack([gradient != 0 for gradient in given]).any(0)
     rows, overflow = rows_where(active, backward_rows, backward_rows_given)
+    if backward_rows == GIVEN and rows is not None:
+        overflow = active.index_fill(0, rows, False).any()
     # Rows that have no gradient but are multiplied all the same, whatever their hidden states hold.
     idle = None if backward_rows == EXACT else active
     if rows is not None:
@@ -150,6 +152,9 @@ def _linear_gradient(
         if overflow is not None:
             d_hidden.masked_fill_(overflow, torch.nan)
         gradients = gradients._replace(hidden=d_hidden)
+    weight_sum = main_grad if main_grad is not None else gradients.weight
+    if overflow is not None and wanted[1] and weight_sum is not None:
+        weight_sum[:1].masked_fill_(overflow, torch.nan)  # even where no row was multiplied
     out = []
     for gradient, parameter in zip(gradients, head.parameters, strict=True):
         if gradient is None or parameter is None:

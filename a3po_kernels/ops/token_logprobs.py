@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import check_backend, choose
 from ..core.autograd import final
 from ..core.checks import as_rows, check_rows, compute_dtype
-from ..core.operators import plainly, plainly_differentiable
+from ..core.operators import plainly, plainly_differentiable, runs_plainly
 from ..core.transform import Transform
 
 
@@ -127,7 +127,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     if not ctx.inplace:
         return final(_gradient_plainly(logits, *arguments)), *nothing
     _logits_gradient_(logits, *arguments)
-    return logits, *nothing
+    return final(logits), *nothing
 
 
 _token_statistics.register_autograd(_backward, setup_context=_setup_context)
@@ -191,7 +191,7 @@ def token_statistics(
 
 def reads_values(tensor: Tensor, validate: bool) -> bool:
     """Whether values may be looked at, which on a GPU waits for the device."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or validate)
+    return runs_plainly(tensor) and (tensor.device.type == "cpu" or validate)
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int, validate: bool) -> None:

@@ -158,8 +158,8 @@ def prefers_one_launch(logits: Tensor) -> bool:
 
     Measured in bf16 on an H200 (bench/results/nvidia-h200/tuning.jsonl), ms of one launch and of the two kernels: 1.57,
     1.88 at 8320 x 151936; 1.12, 1.57 at 33280 x 32000; .97, 1.24 at 16640 x 50304; 1.30, 1.84 at 20800 x 50257 (rows
-    off the 16-byte grid); 1.46, 1.63 at 4160 x 262144. Of 8 rows it took .021, and the two together .023 with a launch
-    more; from 132 rows on it won.
+    off the 16-byte grid); 1.46, 1.63 at 4160 x 262144. Of 132 rows of 151936 it took .033, the two .047; of 8 rows
+    .021 and .023, where a program a row leaves most of a GPU idle.
     """
     rows = logits.shape[0] * logits.shape[1]
-    return rows > processors(logits.device) and loads_of(logits) != "strided"
+    return rows >= processors(logits.device) and loads_of(logits) != "strided"
