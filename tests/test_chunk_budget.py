@@ -28,7 +28,8 @@ def card(monkeypatch):
 
 
 def test_on_a_cpu():
-    assert default_chunk_bytes(torch.device("cpu")) == default_chunk_bytes(torch.device("cpu"), one_pass=True) == 64 << 20
+    cpu = torch.device("cpu")
+    assert default_chunk_bytes(cpu) == default_chunk_bytes(cpu, one_pass=True) == 64 << 20
 
 
 def test_one_chunk_where_the_card_has_room(card):
