@@ -52,5 +52,3 @@ def launches(function: Callable[[], object]) -> Counter[str]:
 
 def describe(counted: Counter[str]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counted.most_common())
-
-

@@ -145,7 +145,7 @@ def linear_policy_loss(
     compiling = torch.compiler.is_compiling()
     if plan is None and not compiling and chosen <= 0:
         if chosen == EXACT and any(wanted):
-            plan = find_rows(mine, computed & ~mine, batch.offsets, objective, unit, True)
+            plan = find_rows(mine, computed & ~mine, layout, objective, unit, True)
         elif chosen == EVERY:
             plan = _every_row(batch, unit, objective)
     elif plan is not None:
@@ -213,12 +213,14 @@ def _every_row(batch: TokenBatch, unit: str, objective: Objective) -> RowPlan:
     else:
         boundaries = (0, count)  # where they end is on the device: they stay together
     every = torch.ones_like(batch.tokens)
-    return RowPlan(None, None, every, every, boundaries, batch.offsets, count, objective, unit, False)
+    return RowPlan(None, None, every, every, boundaries, layout, objective, unit, False)
 
 
 def _left_out(plan: RowPlan, batch: TokenBatch, mine: Tensor, computed: Tensor, validate: bool) -> Tensor:
     """0-d bool: whether the plan leaves out a row that it must not; a ValueError where values may be read."""
-    left_out = ((mine & ~plan.planned) | (computed & ~plan.read)).any() | (plan.offsets != batch.offsets).any()
+    left_out = ((mine & ~plan.planned) | (computed & ~plan.read)).any()
+    others = plan.other_rollouts(batch.layout)
+    left_out = left_out if others is None else left_out | others
     if reads_values(left_out, validate) and bool(left_out):
         raise ValueError("plan leaves out tokens, or rows that may have a gradient: it was made of another batch")
     return left_out

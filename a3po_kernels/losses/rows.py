@@ -22,8 +22,8 @@ class RowPlan:
 
     rows: int64 [K] in order (None: all N); rest: the other rows with a token (None: none); planned, read: bool [N],
     True at `rows`, and at `rows` and `rest`; boundaries: where each rollout begins among the rows, [S + 1] numbers on
-    the host; offsets: [S + 1], of the rollouts among all rows; count: N; objective: what it was made for; unit: what is
-    never cut, a "token", a "rollout" or the "batch"; exact: every row is a token.
+    the host; layout: the N rows and their rollouts; objective: what it was made for; unit: what is never cut, a
+    "token", a "rollout" or the "batch"; exact: every row is a token.
     """
 
     rows: Tensor | None
@@ -31,11 +31,14 @@ class RowPlan:
     planned: Tensor
     read: Tensor
     boundaries: tuple[int, ...]
-    offsets: Tensor
-    count: int
+    layout: TokenLayout
     objective: Objective | None
     unit: str
     exact: bool
+
+    @property
+    def count(self) -> int:
+        return self.layout.count
 
     @property
     def row_count(self) -> int:
@@ -48,10 +51,16 @@ class RowPlan:
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=not wait)
 
-        planned, read, offsets = (x.to(device, non_blocking=not wait) for x in (self.planned, self.read, self.offsets))
-        return replace(
-            self, rows=move(self.rows), rest=move(self.rest), planned=planned, read=read, offsets=offsets
-        )
+        tensors = (self.planned, self.read, self.layout.offsets)
+        planned, read, offsets = (x.to(device, non_blocking=not wait) for x in tensors)
+        layout = replace(self.layout, offsets=offsets)
+        return replace(self, rows=move(self.rows), rest=move(self.rest), planned=planned, read=read, layout=layout)
+
+    def other_rollouts(self, layout: TokenLayout) -> Tensor | None:
+        """0-d bool: whether the rollouts of a layout, of as many rows and rollouts, are others; None: they are not."""
+        if self.layout.padded and layout.padded:
+            return None
+        return (self.layout.offsets != layout.offsets).any()
 
 
 def dependence(objective: Objective, current: list[TokenRule]) -> str:
@@ -91,10 +100,10 @@ def may_move(objective: Objective, tokens: Tensor, advantages: Tensor, polarity:
 
 
 def find_rows(
-    first: Tensor, second: Tensor | None, offsets: Tensor, objective: Objective | None, unit: str, exact: bool
+    first: Tensor, second: Tensor | None, layout: TokenLayout, objective: Objective | None, unit: str, exact: bool
 ) -> RowPlan:
     """The plan of the rows `first` [N] and the others `second`; on a GPU it waits for their numbers, once."""
-    device, count = first.device, first.numel()
+    device, count, offsets = first.device, first.numel(), layout.offsets
     running = torch.cat([offsets.new_zeros(1), first.cumsum(0)])
     others = offsets.new_zeros(1) if second is None else second.sum().view(1)
     mine, rest, *boundaries = torch.cat([running[-1:], others, running[offsets]]).tolist()
@@ -107,7 +116,7 @@ def find_rows(
         left = torch.sort((~second).to(torch.int8), stable=True).indices[:rest]
     planned = first if rows is not None else torch.ones(count, dtype=torch.bool, device=device)
     read = planned if second is None else planned | second
-    return RowPlan(rows, left, planned, read, tuple(boundaries), offsets, count, objective, unit, exact)
+    return RowPlan(rows, left, planned, read, tuple(boundaries), layout, objective, unit, exact)
 
 
 def _per_token(layout: TokenLayout, values: Tensor) -> Tensor:
@@ -165,7 +174,7 @@ def plan_rows(
     # As if no old log-probs were given: the rules then read the current policy, and need the most rows together.
     unit = "batch" if objective.low_probability is not None else dependence(objective, rules)
     mine = spread(possible, tokens, layout.offsets, unit)
-    plan = find_rows(mine, tokens & ~mine, layout.offsets, objective, unit, False)
+    plan = find_rows(mine, tokens & ~mine, layout, objective, unit, False)
     return plan if device is None else plan.to(device)
 
 
@@ -173,7 +182,7 @@ def check_plan(plan: Any, layout: TokenLayout, device: torch.device, objective: 
     """Raises TypeError or ValueError for a plan of something else."""
     if not isinstance(plan, RowPlan):
         raise TypeError(f"plan must be a RowPlan, from plan_rows; got {type(plan).__name__}")
-    rows, rollouts = plan.count, plan.offsets.numel() - 1
+    rows, rollouts = plan.count, plan.layout.rollouts
     if (rows, rollouts) != (layout.count, layout.rollouts):
         takes = f"{layout.count} rows in {layout.rollouts} rollouts"
         raise ValueError(f"plan must be of {takes}; got one of {rows} in {rollouts}")

@@ -220,4 +220,3 @@ def head_gradients(
         if d_a is not None:
             add_product(d_a, d_adapted.t(), clean, add=False)
     return Gradients(d_hidden, d_weight if main_grad is None else None, d_bias, d_a, d_b)
-
