@@ -1,4 +1,4 @@
-"""Sums over the rollouts of a batch."""
+"""The rollouts of a batch as segments of its rows, and rows in an order."""
 
 from __future__ import annotations
 
@@ -9,3 +9,13 @@ from torch import Tensor
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """[S] sums of values [N] over the segments of offsets [S + 1], in a fixed order on every device."""
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0.0)
+
+
+def segment_of(offsets: Tensor, rows: Tensor) -> Tensor:
+    """int64, like rows: the segment of offsets [S + 1] that each row lies in; -1 before the first, S after the last."""
+    return torch.searchsorted(offsets, rows, right=True) - 1
+
+
+def true_first(flags: Tensor) -> Tensor:
+    """int64 [N]: the numbers of the rows whose flag is True, then the others', each in order; it waits for nothing."""
+    return torch.sort((~flags).to(torch.int8), stable=True).indices

@@ -86,7 +86,7 @@ class TokenBatch:
             layout, layout.offsets, read.targets, read.tokens, read.rollout, read.counts, read.weights, read.advantages,
             read.polarity, layout.flat(given.old_logprobs, dtype), layout.flat(given.old_entropy, dtype),
             layout.flat(given.ref_logprobs, dtype), read.importance, layout.flat(given.min_p_logprobs, dtype),
-            _number(given.step, layout), _number(given.denominator, layout), length,
+            as_number(given.step, layout.offsets.device), as_number(given.denominator, layout.offsets.device), length,
         )  # fmt: skip
 
     def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:
@@ -100,9 +100,9 @@ class TokenBatch:
         return replace(self, offsets=offsets, **given)
 
 
-def _number(value: Any, layout: TokenLayout) -> Any:
-    """A 0-d tensor on the CPU as the number it is where the batch is elsewhere: reading it waits for nothing."""
-    elsewhere = isinstance(value, Tensor) and value.device.type == "cpu" and layout.offsets.device.type != "cpu"
+def as_number(value: Any, device: torch.device) -> Any:
+    """A 0-d CPU tensor as the number it is where the batch is on another `device`: reading it waits for nothing."""
+    elsewhere = isinstance(value, Tensor) and value.device.type == "cpu" and device.type != "cpu"
     return value.item() if elsewhere else value
 
 

@@ -131,7 +131,7 @@ def linear_policy_loss(
 
     tokens = batch.tokens
     current = current_rules(objective, batch)
-    unit = "batch" if objective.low_probability is not None else dependence(objective, current)
+    unit = dependence(objective, current)
     if plan is not None:
         check_plan(plan, layout, hidden.device, objective, unit)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.parameters)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.autograd import final
 from ..core.checks import compute_dtype
+from ..core.segments import true_first
 from ..core.tiles import Tiles, row_tiles
 from ..core.transform import Transform
 from ..objectives import Objective, TokenRule
@@ -181,7 +182,7 @@ def _with_gradient(d_logp: Tensor, d_entropy: Tensor | None, most: int) -> Tenso
     if most >= (1 - _WORTH_GATHERING) * count:
         return None
     # Exactly the rows that have one come first; what fills the rest has none and adds zeros.
-    return torch.sort((~moving).to(torch.int8), stable=True).indices[:most]
+    return true_first(moving)[:most]
 
 
 def _shaped_at(shaped: ShapedTokens | None, rows: slice | Tensor | None) -> Any:

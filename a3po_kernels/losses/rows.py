@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..core.checks import check_tensor
 from ..core.layout import TokenLayout, token_layout
-from ..core.segments import segment_sum
+from ..core.segments import segment_of, segment_sum, true_first
 from ..objectives import Objective, PolarityWeights, TokenRule
+from .batch import check_objective
 
 UNITS = ("token", "rollout", "batch")
 
@@ -68,6 +69,8 @@ def dependence(objective: Objective, current: list[TokenRule]) -> str:
 
     current: the rules that select by the current policy. Beside one of them any rule over the batch waits for it.
     """
+    if objective.low_probability is not None:
+        return "batch"
     wide = any(isinstance(rule, TokenRule) and rule.scope != "rollout" for rule in objective.shaping)
     if current and (wide or objective.normalize_over == "selected"):
         return "batch"
@@ -82,7 +85,7 @@ def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
         return tokens
     some = segment_sum(flags.float(), offsets) > 0
     rows = torch.arange(flags.numel(), device=flags.device)
-    rollout = (torch.searchsorted(offsets, rows, right=True) - 1).clamp(0, some.numel() - 1)
+    rollout = segment_of(offsets, rows).clamp(0, some.numel() - 1)
     return tokens & some[rollout]
 
 
@@ -109,11 +112,10 @@ def find_rows(
     mine, rest, *boundaries = torch.cat([running[-1:], others, running[offsets]]).tolist()
     rows = None
     if mine < count:
-        order = torch.sort((~first).to(torch.int8), stable=True).indices
-        rows = order[:mine]
+        rows = true_first(first)[:mine]
     left = None
     if second is not None and rest:
-        left = torch.sort((~second).to(torch.int8), stable=True).indices[:rest]
+        left = true_first(second)[:rest]
     planned = first if rows is not None else torch.ones(count, dtype=torch.bool, device=device)
     read = planned if second is None else planned | second
     return RowPlan(rows, left, planned, read, tuple(boundaries), layout, objective, unit, exact)
@@ -123,7 +125,7 @@ def _per_token(layout: TokenLayout, values: Tensor) -> Tensor:
     if tuple(values.shape) != (layout.rollouts,):
         return values.reshape(-1)
     rows = torch.arange(layout.count, device=values.device)
-    return values[(torch.searchsorted(layout.offsets, rows, right=True) - 1).clamp(0, max(layout.rollouts - 1, 0))]
+    return values[segment_of(layout.offsets, rows).clamp(0, max(layout.rollouts - 1, 0))]
 
 
 def plan_rows(
@@ -156,8 +158,7 @@ def plan_rows(
         ValueError, TypeError: as linear_policy_loss does for these arguments.
     """
     check_tensor("mask", mask)
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
+    check_objective(objective)
     layout = token_layout("mask", mask, cu_seqlens, validate=False)
     layout.check_per_rollout("advantages", advantages)
     if polarity is not None:
@@ -172,7 +173,7 @@ def plan_rows(
     possible = may_move(objective, tokens, values, sign)
     rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule)]
     # As if no old log-probs were given: the rules then read the current policy, and need the most rows together.
-    unit = "batch" if objective.low_probability is not None else dependence(objective, rules)
+    unit = dependence(objective, rules)
     mine = spread(possible, tokens, layout.offsets, unit)
     plan = find_rows(mine, tokens & ~mine, layout, objective, unit, False)
     return plan if device is None else plan.to(device)

@@ -15,7 +15,7 @@ from ..ops.surrogate import PolicyTerms, policy_terms
 from ..ops.token_logprobs import TokenStats
 from ..ops.tokens import apply_rules, count_kept, normalizer, walks_batch
 from ..schedules import Value
-from .batch import TokenBatch, leading_weights
+from .batch import TokenBatch, as_number, leading_weights
 
 
 class PolicyLossOutput(NamedTuple):
@@ -115,9 +115,9 @@ def shape(objective: Objective, batch: TokenBatch, stats: TokenStats | None, bac
             weights = weights * factor.masked_fill(batch.polarity < 0, rule.negative)
             continue
         scale = rule.selected_scale(batch.step) if callable(rule.selected_scale) else rule.selected_scale
+        scale = as_number(scale, weights.device)
         if isinstance(scale, Tensor):
-            elsewhere = scale.device.type == "cpu" and weights.device.type != "cpu"
-            scale = scale.item() if elsewhere else scale.to(weights.dtype)
+            scale = scale.to(weights.dtype)
         first_scale = scale if first_scale is None else first_scale
         form = RuleForm(
             metric(rule), rule.polarity or 0, rule.side == "high", rule.rounding == "ceil", rule.ratio, scale,
@@ -156,8 +156,8 @@ def _apply_widely(
 
 def loss_scale(objective: Objective, batch: TokenBatch, weights: Tensor, backend: str) -> Tensor:
     """What the loss of a token is multiplied by, per rollout [S]."""
-    selected = objective.normalize_over == "selected" and batch.denominator is None
-    selected = selected or (objective.normalize_over == "selected" and objective.aggregation == "seq-mean-token-mean")
+    reads_counts = batch.denominator is None or objective.aggregation == "seq-mean-token-mean"
+    selected = objective.normalize_over == "selected" and reads_counts
     counts = count_kept(weights, batch.offsets, backend) if selected else batch.counts
     return normalizer(counts, objective.aggregation, batch.denominator, batch.max_length, backend)
 

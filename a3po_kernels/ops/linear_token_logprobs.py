@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import check_backend
 from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform
+from ..core.segments import true_first
 from ..core.tiles import column_tiles, default_chunk_bytes
 from ..core.transform import Transform
 from .linear_head import LinearHead, Logits, head_gradients
@@ -38,8 +39,7 @@ def rows_where(
     if compaction == EXACT:
         index = wanted.nonzero()[:, 0]
         return None if index.numel() == wanted.numel() else index, None
-    order = torch.sort((~wanted).to(torch.int8), stable=True).indices
-    return order[:compaction], wanted.sum() > compaction
+    return true_first(wanted)[:compaction], wanted.sum() > compaction
 
 
 def scatter_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:

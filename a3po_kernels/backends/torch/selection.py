@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core.forms import RuleForm
 from ...core.rounding import bounded_fraction
+from ...core.segments import segment_of
 
 # The longest segment that apply_rules walks well.
 LONGEST_SEGMENT = 2**62
@@ -21,7 +22,7 @@ def select(
     """Bool [N]; a row a segment, where padding to the longest is cheap, else sorted by metric and then by segment."""
     count, segments = metric.numel(), offsets.numel() - 1
     position = torch.arange(count, device=metric.device)
-    segment = torch.searchsorted(offsets, position, right=True) - 1
+    segment = segment_of(offsets, position)
     running = torch.cat([offsets.new_zeros(1), eligible.long().cumsum(0)])
     n = running[offsets[1:]] - running[offsets[:-1]]
     k = n * fraction.numerator + (fraction.denominator - 1 if ceil else 0)
@@ -46,7 +47,7 @@ def select(
     order = torch.sort(keys, stable=True, descending=high).indices
     group = segment * 2 + (~eligible).long()
     order = order[torch.sort(group[order], stable=True).indices]
-    chosen = (position - offsets[segment] < k[segment])[torch.arange(count, device=metric.device)]
+    chosen = position - offsets[segment] < k[segment]
     return torch.empty_like(eligible).scatter_(0, order, chosen)
 
 

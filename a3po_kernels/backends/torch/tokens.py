@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.segments import segment_sum
+from ...core.segments import segment_of, segment_sum
 
 
 def read_tokens(
@@ -19,7 +19,7 @@ def read_tokens(
     if counts.numel() == 0:
         return
     rows = torch.arange(tokens.numel(), device=tokens.device)
-    found = torch.searchsorted(offsets, rows, right=True) - 1
+    found = segment_of(offsets, rows)
     rollout.copy_(found.clamp(0, counts.numel() - 1))
     tokens.copy_((found >= 0) & (found < counts.numel()))
     if mask is not None:
