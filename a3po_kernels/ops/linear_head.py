@@ -128,7 +128,7 @@ class _Sum:
 ToGradient = Callable[[slice, slice, Tensor], tuple[Tensor, Tensor | None]]
 
 
-def _part(values: Tensor | None, rows: slice) -> Tensor | None:
+def at_rows(values: Tensor | None, rows: slice | Tensor) -> Tensor | None:
     return None if values is None else values[rows]
 
 
@@ -191,12 +191,12 @@ def head_gradients(
         tile, kept = to_gradient(rows, columns, tile)
         later = columns.start > 0
         if kept is None:
-            mine, into, into_adapted = clean[rows], _part(d_hidden, rows), _part(d_adapted, rows)
-            my_adapted = _part(adapted, rows)
+            mine, into, into_adapted = clean[rows], at_rows(d_hidden, rows), at_rows(d_adapted, rows)
+            my_adapted = at_rows(adapted, rows)
         else:
             # The chunk's other rows have no gradient: the products of these are put in their places.
             kept_rows = kept + rows.start
-            mine, my_adapted = clean[kept_rows], None if adapted is None else adapted[kept_rows]
+            mine, my_adapted = clean[kept_rows], at_rows(adapted, kept_rows)
             into, into_adapted = _like_rows(d_hidden, kept), _like_rows(d_adapted, kept)
         if into is not None:
             add_product(into, tile, logits.weight, add=later and kept is None)

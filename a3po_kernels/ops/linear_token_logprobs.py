@@ -14,7 +14,7 @@ from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transf
 from ..core.segments import true_first
 from ..core.tiles import column_tiles, default_chunk_bytes
 from ..core.transform import Transform
-from .linear_head import LinearHead, Logits, head_gradients
+from .linear_head import LinearHead, Logits, at_rows, head_gradients
 from .token_logprobs import TokenStats, check_targets, empty_results, fold_statistics, write_gradient
 
 Lora = tuple[Tensor, Tensor, float]
@@ -48,10 +48,6 @@ def scatter_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
         return values
     out = torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device)
     return out.index_copy_(0, rows, values)
-
-
-def _at(values: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-    return None if values is None else values[rows]
 
 
 def head_statistics(
@@ -125,7 +121,7 @@ def _linear_gradient(
     if rows is not None:
         idle = None if idle is None else idle[rows]
         targets, shift, log_sum, entropy = targets[rows], shift[rows], log_sum[rows], entropy[rows]
-        grad_logp, grad_entropy = _at(grad_logp, rows), _at(grad_entropy, rows)
+        grad_logp, grad_entropy = at_rows(grad_logp, rows), at_rows(grad_entropy, rows)
         transform = transform.at(rows)
     if overflow is not None:
         # Rows were left out that have a gradient: NaN everywhere, not a sum that lacks them.
@@ -136,8 +132,8 @@ def _linear_gradient(
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
         write_gradient(
-            tile[None], tile[None], targets[at], shift[at], log_sum[at], entropy[at], _at(grad_logp, at),
-            _at(grad_entropy, at), transform.at(at), backend, columns.start,
+            tile[None], tile[None], targets[at], shift[at], log_sum[at], entropy[at], at_rows(grad_logp, at),
+            at_rows(grad_entropy, at), transform.at(at), backend, columns.start,
         )  # fmt: skip
         return tile, None
 

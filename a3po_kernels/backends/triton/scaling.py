@@ -1,11 +1,10 @@
 """Multiplies a gradient that was formed in forward by the incoming one, which is read on the device."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, processors
+from .launch import device_guard, processors, triton_dtype
 
 _BLOCK = 4096
 _WARPS = 8
@@ -84,9 +83,8 @@ def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     blocks = triton.cdiv(count, _BLOCK)
     # Few programs: where there is nothing to scale they cost no more than an empty launch.
     each = triton.cdiv(blocks, min(blocks, _PROGRAMS_PER_PROCESSOR * processors(gradient.device)))
-    compute = tl.float64 if gradient.dtype == torch.float64 else tl.float32
     with device_guard(gradient):
         scale_kernel[(triton.cdiv(blocks, each),)](
-            gradient, factor, out, count, each, *rows, SAME=same, DENSE=dense, BLOCK=_BLOCK, COMPUTE=compute,
-            num_warps=_WARPS,
+            gradient, factor, out, count, each, *rows, SAME=same, DENSE=dense, BLOCK=_BLOCK,
+            COMPUTE=triton_dtype(gradient.dtype), num_warps=_WARPS,
         )  # fmt: skip
