@@ -71,10 +71,27 @@ class OnePass(NamedTuple):
     unit: Tensor | None
 
 
-def _fp16_unit(scale: Tensor) -> Tensor:
-    """A power of two at or above the largest of [S]: an fp16 gradient divided by it is of order one."""
-    largest = scale.amax() if scale.numel() else scale.new_ones(())
-    return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+class _Units(NamedTuple):
+    """What is kept out of an fp16 chunk, whose gradient is then of order one, and out of its sums.
+
+    inner [S]: what is left of the rollouts' factors; unit 0-d: a factor of every sum; rows [N] in (0, 1], or None: a
+    factor of each row. unit and rows are powers of two.
+    """
+
+    inner: Tensor
+    unit: Tensor | None
+    rows: Tensor | None
+
+
+def _fp16_units(scale: Tensor, rollout: Tensor, each: bool) -> _Units:
+    """Of the factors [S] of the rollouts, which differ if `each` has its own; rollout: int32 [N]."""
+    powers = torch.where(scale > 0, torch.exp2(torch.ceil(torch.log2(scale))), 0.0)
+    largest = powers.amax() if powers.numel() else powers.new_zeros(())
+    unit = torch.where(largest > 0, largest, 1.0)
+    if not each:
+        return _Units(scale / unit, unit, None)
+    inner = torch.where(powers > 0, scale / powers, scale)  # NaN stays NaN
+    return _Units(inner, unit, (powers / unit)[rollout])
 
 
 def _most_kept(objective: Objective, plan: RowPlan, rollouts: int) -> int:
@@ -114,21 +131,28 @@ def one_pass(
     form = surrogate_form(objective)
     half = head.dtype == torch.float16
     factor: Tensor | None = scale if isinstance(scale, Tensor) else None
-    power = None if factor is None or not half else _fp16_unit(factor)
+    units: _Units | None = None
+
+    def units_of(factor: Tensor) -> _Units:
+        if not half:
+            return _Units(factor, None, None)
+        return _fp16_units(factor, mine.rollout, objective.aggregation == "seq-mean-token-mean")
+
+    if factor is not None:
+        units = units_of(factor)
     # A rule that is known already was applied to more than the plan's rows.
     most = _most_kept(objective, plan, batch.offsets.numel() - 1) if shaped is None else plan.row_count
     together = unit == "token" and objective.low_probability is None and my_shaped is not None
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
-        nonlocal factor, power
+        nonlocal factor, units
         found = tuple(result[at] for result in results)
         chunk = my_transform.at(at)
         part = mine.at(at, mine.offsets.clamp(at.start, at.stop) - at.start)
         stats = TokenStats(*found[:2])
         if together:
-            assert factor is not None
-            inner = factor if power is None else factor / power
-            inputs = policy_inputs(objective, part, _shaped_at(my_shaped, at), inner)
+            assert units is not None
+            inputs = policy_inputs(objective, part, _shaped_at(my_shaped, at), units.inner)
             write_statistics_and_gradient(tile[None], tile[None], my_targets[at], chunk, found, inputs, form, backend)
             return tile, None
         fold_statistics(tile[None], my_targets[at], chunk, found, backend)
@@ -136,8 +160,9 @@ def one_pass(
         if factor is None:
             assert callable(scale)
             factor = scale(scatter_rows(here.weights, rows, count))
-            power = _fp16_unit(factor) if half else None
-        terms = token_terms(objective, part, stats, here, factor if power is None else factor / power, backend)
+            units = units_of(factor)
+        assert units is not None
+        terms = token_terms(objective, part, stats, here, units.inner, backend)
         d_entropy = terms.d_entropy if terms.d_entropy.numel() else None
         kept = _with_gradient(terms.d_logp, d_entropy, most)
         _, entropy, shift, log_sum = found
@@ -153,8 +178,9 @@ def one_pass(
     one_chunk = tiles.row_count <= 1 and not half and not to_main_grad
     weight_dtype = weight_gradient_dtype(head.weight) if one_chunk else compute_dtype(head.dtype)
     gradients = head_gradients(
-        head, logits, to_gradient, wanted, weight_dtype, active=None if plan.exact else mine.tokens
-    )
+        head, logits, to_gradient, wanted, weight_dtype, active=None if plan.exact else mine.tokens,
+        row_factors=lambda: None if units is None else units.rows,
+    )  # fmt: skip
     logp, entropy = (scatter_rows(result, rows, count) for result in results[:2])
     if plan.rest is not None:
         others = head_statistics(head, batch.targets, transform, plan.rest, max_bytes, backend)
@@ -162,9 +188,9 @@ def one_pass(
     stats = TokenStats(logp, entropy)
     # The rules on all rows select what they selected in the chunks.
     shaped = shape(objective, batch, stats, backend) if shaped is None else shaped
-    assert factor is not None
+    assert factor is not None and units is not None
     terms = token_terms(objective, batch, stats, shaped, factor, backend)
-    return OnePass(terms.loss, stats, shaped.weights, terms.metrics, gradients, power)
+    return OnePass(terms.loss, stats, shaped.weights, terms.metrics, gradients, units.unit)
 
 
 def _counts_freely(device: torch.device) -> bool:

@@ -150,12 +150,15 @@ def _put_rows(out: Tensor | None, rows: slice, kept_rows: Tensor, values: Tensor
 def head_gradients(
     head: LinearHead, logits: Logits, to_gradient: ToGradient, wanted: tuple[bool, ...],
     weight_dtype: torch.dtype, active: Tensor | None = None, main_grad: Tensor | None = None,
+    row_factors: Callable[[], Tensor | None] = lambda: None,
 ) -> Gradients:  # fmt: skip
     """Turns each tile of the logits into its gradient by `to_gradient` and sums the products.
 
     hidden's gradient is [rows of `logits`, H] in fp32 (fp64 for an fp64 head; on a CPU, where no low-precision product
     sums into fp32, in the head's dtype if it is one product); weight's is in weight_dtype, or is added
     to main_grad [V, H] instead. active: bool [rows], False where the gradient is 0 and the hidden state may be NaN.
+    row_factors: after the first to_gradient, factors [rows] of the gradients that the tiles lack (of tiles that hold
+    whole rows), or None.
     """
     tiles, hidden = logits.tiles, logits.hidden
     device, dtype = hidden.device, compute_dtype(head.dtype)
@@ -183,6 +186,7 @@ def head_gradients(
     d_bias, d_b = zeros(head.bias, want_bias), zeros(head.lora_b, want_b)
     d_a = zeros(head.lora_a, want_a)
     weight_sum = None
+    factors: Tensor | None = None
     for rows, columns, tile in logits:
         if rows.start == 0 and d_weight is not None and want_weight:
             if weight_sum is not None:
@@ -190,6 +194,10 @@ def head_gradients(
             weight_sum = _Sum(d_weight[columns], tiles.row_count, add=main_grad is not None)
         tile, kept = to_gradient(rows, columns, tile)
         later = columns.start > 0
+        if factors is None and (factors := row_factors()) is not None:
+            # Of a sum over rows the other operand takes them: in the tile small ones would underflow.
+            clean = clean * factors.to(clean.dtype).unsqueeze(-1)
+            adapted = None if adapted is None else adapted * factors.to(adapted.dtype).unsqueeze(-1)
         if kept is None:
             mine, into, into_adapted = clean[rows], at_rows(d_hidden, rows), at_rows(d_adapted, rows)
             my_adapted = at_rows(adapted, rows)
@@ -202,8 +210,11 @@ def head_gradients(
             add_product(into, tile, logits.weight, add=later and kept is None)
         if weight_sum is not None:
             weight_sum.add(tile.t(), mine)
-        if d_bias is not None:
+        if d_bias is not None and factors is None:
             d_bias[columns] += tile.sum(0, dtype=dtype)
+        elif d_bias is not None and factors is not None:
+            mine_of = factors[rows if kept is None else kept_rows].to(tile.dtype)
+            add_product(d_bias[None, columns], mine_of.unsqueeze(0), tile, add=True)
         if d_b is not None and my_adapted is not None:
             add_product(d_b[columns], tile.t(), my_adapted, add=True, alpha=head.lora_scale)
         if into_adapted is not None and logits.lora_b is not None:
@@ -219,4 +230,6 @@ def head_gradients(
             add_product(d_hidden, d_adapted, head.lora_a.to(head.dtype), add=True)
         if d_a is not None:
             add_product(d_a, d_adapted.t(), clean, add=False)
+    if d_hidden is not None and factors is not None:
+        d_hidden.mul_(factors.unsqueeze(-1))
     return Gradients(d_hidden, d_weight if main_grad is None else None, d_bias, d_a, d_b)
