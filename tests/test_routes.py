@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import INTERPRETED, PRESETS, keywords_for, largest_error, preset, random_batch, run
+from batches import INTERPRETED, keywords_for, largest_error, preset, random_batch, run
 
 import a3po_kernels
 import reference

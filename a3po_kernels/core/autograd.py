@@ -1,4 +1,4 @@
-"""What autograd is told of a gradient that was computed without its graph."""
+"""What autograd is told of gradients that have no derivative of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class _Final(torch.autograd.Function):
@@ -20,8 +21,21 @@ class _Final(torch.autograd.Function):
         raise RuntimeError("a double backward is not implemented: this gradient was formed without its graph")
 
 
-def final(gradient: Tensor) -> Tensor:
-    """A gradient as backward should return it; under create_graph=True its own backward raises."""
+def final(gradient: Tensor, anchor: Tensor) -> Tensor:
+    """A gradient as backward should return it; under create_graph=True its own backward raises.
+
+    anchor: a tensor that depends on what the gradient is of, or is it; else a second derivative that is asked for by
+    name would find no way to it and be taken for zero.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradient
-    return _Final.apply(torch.zeros((), device=gradient.device, requires_grad=True), gradient)
+    return _Final.apply(anchor, gradient)
+
+
+def refuse_tangents(**tensors: Tensor | None) -> None:
+    """Raises RuntimeError for a tensor with a tangent: forward-mode AD would find a derivative of 0."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"forward-mode AD is not implemented: {name} carries a tangent; use backward")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_backend
+from ..core.autograd import refuse_tangents
 from ..core.checks import as_rows, check_rows, compute_dtype
 from ..core.layout import token_layout
 from ..core.operators import runs_plainly
@@ -121,6 +122,7 @@ def policy_loss(
     """
     check_objective(objective)
     check_rows(logits, targets, temperature, softcap, logit_scale)
+    refuse_tangents(logits=logits)
     check_backend(backend, logits.device)
     expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
     if logits.ndim != (3 if cu_seqlens is None else 2):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import check_backend
+from ..core.autograd import refuse_tangents
 from ..core.checks import check_floating, check_tensor, compute_dtype
 from ..core.layout import token_layout
 from ..objectives import Objective
@@ -54,6 +55,7 @@ def logprob_policy_loss(
     check_objective(objective)
     check_tensor("logprobs", logprobs)
     check_floating("logprobs", logprobs)
+    refuse_tangents(logprobs=logprobs, entropy=entropy)
     check_backend(backend, logprobs.device)
     layout = token_layout("logprobs", logprobs, cu_seqlens, validate=validate)
     if entropy is not None:

@@ -223,27 +223,31 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, gradients, unit, rows, main_grad, backend, *parameters):
-        ctx.save_for_backward(unit, *gradients)
+        anchor = loss.new_empty(0)
+        ctx.save_for_backward(anchor, unit, *gradients)
+        ctx.set_materialize_grads(False)
         ctx.rows, ctx.main_grad, ctx.backend, ctx.spent = rows, main_grad, backend, False
         ctx.forms = [None if p is None else (p.shape[0], p.dtype) for p in parameters]
         ctx.weight_dtype = weight_gradient_dtype(parameters[1])
-        return loss.detach()
+        return loss.detach(), anchor
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         if ctx.spent:
             raise RuntimeError(
                 "the one-pass route scales the gradient it holds in place, so backward runs once; route='recompute' "
                 "allows a second backward"
             )
         ctx.spent = True
+        anchor, unit, *gradients = ctx.saved_tensors
         with torch.no_grad():
-            out = _scaled(ctx, grad_loss)
-        return (None,) * 6 + tuple(None if gradient is None else final(gradient) for gradient in out)
+            out = _scaled(ctx, grad_loss, unit, gradients)
+        return (None,) * 6 + tuple(None if gradient is None else final(gradient, anchor) for gradient in out)
 
 
-def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
-    unit, *gradients = ctx.saved_tensors
+def _scaled(
+    ctx: Any, grad_loss: Tensor, unit: Tensor | None, gradients: list[Tensor | None]
+) -> list[Tensor | None]:
     factor = grad_loss if unit is None else grad_loss.to(unit.dtype) * unit
     out: list[Tensor | None] = []
     for position, (gradient, form) in enumerate(zip(gradients, ctx.forms, strict=True)):
@@ -264,4 +268,4 @@ def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
 
 def attach(found: OnePass, rows: Tensor | None, main_grad: Tensor | None, head: LinearHead, backend: str) -> Tensor:
     """The loss, differentiable in the head's hidden states and parameters."""
-    return _Attach.apply(found.loss, found.gradients, found.unit, rows, main_grad, backend, *head.parameters)
+    return _Attach.apply(found.loss, found.gradients, found.unit, rows, main_grad, backend, *head.parameters)[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import check_backend
+from ..core.autograd import refuse_tangents
 from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform
 from ..core.segments import true_first
 from ..core.tiles import column_tiles, default_chunk_bytes
@@ -213,6 +214,7 @@ def read_head(
     if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] < 1:
         raise ValueError(f"weight must have shape [V, {width}], as hidden is [..., {width}]; got {list(weight.shape)}")
     columns = weight.shape[0]
+    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     if bias is not None:
         check_tensor("bias", bias, (columns,), LOGIT_DTYPES, hidden.device)
     if vocab_size is not None:
@@ -245,6 +247,7 @@ def _read_lora(lora: object, columns: int, width: int, device: torch.device) -> 
         )  # fmt: skip
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"lora's scale must be a number; got {type(scale).__name__}")
+    refuse_tangents(**{"lora A": a, "lora B": b})
     return a, b, float(scale)
 
 

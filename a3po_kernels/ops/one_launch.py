@@ -45,30 +45,32 @@ class _FormedInForward(torch.autograd.Function):
     """A loss whose gradient is formed beside it; backward scales that in place by the incoming one."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], backend: str) -> Tensor:
+    def forward(ctx, logits: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], backend: str) -> Any:
         # In here, so that autograd has read the logits' history before they may be written over.
         loss, gradient = compute()
-        ctx.save_for_backward(gradient)
+        anchor = loss.new_empty(0)
+        ctx.save_for_backward(anchor, gradient)
+        ctx.set_materialize_grads(False)
         ctx.shape, ctx.backend, ctx.spent = logits.shape, backend, False
-        return loss
+        return loss, anchor
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> Any:
+    def backward(ctx, grad_loss: Tensor, _: None) -> Any:
         if ctx.spent:
             raise RuntimeError(
                 "the one-launch route scales the gradient that it formed in forward in place, so backward runs once; "
                 "route='two-stage' allows a second backward"
             )
         ctx.spent = True
-        (gradient,) = ctx.saved_tensors
+        anchor, gradient = ctx.saved_tensors
         with torch.no_grad():
             gradient = scale_gradient(gradient, grad_loss, ctx.backend).view(ctx.shape)
-        return final(gradient), None, None
+        return final(gradient, anchor), None, None
 
 
 def with_gradient(logits: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], backend: str) -> Tensor:
     """The loss [] of compute() -> (loss, its gradient in the logits), differentiable in the logits."""
-    return _FormedInForward.apply(logits, compute, backend)
+    return _FormedInForward.apply(logits, compute, backend)[0]
 
 
 def one_launch(

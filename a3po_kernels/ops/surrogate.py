@@ -20,8 +20,11 @@ def _policy_terms(
     replaced: Tensor | None, selected: Tensor | None, offsets: Tensor, counts: Tensor, scale: Tensor,
     beta_tensor: Tensor | None, beta: float, kind: str, sequence: bool, kl_estimator: str, numbers: list[float],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, METRICS [13]) of flat [N] tensors."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, METRICS [13], [0]) of flat [N] tensors.
+
+    The last is nothing but a tensor that depends on what the loss does, see core.autograd.final.
+    """
     form = SurrogateForm(kind, sequence, kl_estimator, *numbers)
     inputs = PolicyInputs(
         tokens, rollout, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected, offsets,
@@ -34,19 +37,20 @@ def _policy_terms(
     loss, metrics = choose(backend, logp.device).loss_and_coefficients(
         logp, entropy, inputs, form, weight, d_logp, d_entropy
     )
-    return loss, d_logp, d_entropy, metrics
+    return loss, d_logp, d_entropy, metrics, logp.new_empty(0)
 
 
 @_policy_terms.register_fake
 def _(logp, *arguments):
     numbers = arguments[-2]
     count = logp.shape[0] if SurrogateForm("", False, "", *numbers).entropy_coef else 0
-    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(count), logp.new_empty(len(METRICS))
+    sizes = (count, len(METRICS), 0)
+    return logp.new_empty(()), torch.empty_like(logp), *(logp.new_empty(size) for size in sizes)
 
 
 def _setup_context(ctx, inputs, output):
-    _, d_logp, d_entropy, metrics = output
-    ctx.save_for_backward(d_logp, d_entropy)
+    _, d_logp, d_entropy, metrics, anchor = output
+    ctx.save_for_backward(d_logp, d_entropy, anchor)
     ctx.mark_non_differentiable(d_logp, d_entropy, metrics)
     ctx.set_materialize_grads(False)
     ctx.arguments = len(inputs)
@@ -55,9 +59,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * ctx.arguments
-    d_logp, d_entropy = ctx.saved_tensors
-    grad_entropy = final(grad_loss * d_entropy) if d_entropy.numel() else None
-    return final(grad_loss * d_logp), grad_entropy, *([None] * (ctx.arguments - 2))
+    d_logp, d_entropy, anchor = ctx.saved_tensors
+    grad_entropy = final(grad_loss * d_entropy, anchor) if d_entropy.numel() else None
+    return final(grad_loss * d_logp, anchor), grad_entropy, *([None] * (ctx.arguments - 2))
 
 
 _policy_terms.register_autograd(_backward, setup_context=_setup_context)
@@ -78,7 +82,7 @@ def policy_terms(
 ) -> PolicyTerms:
     """The loss of flat [N] log-probs and entropies, and its coefficients. beta: the metric `weight`."""
     tensor = beta if isinstance(beta, Tensor) else None
-    found = _terms_plainly(
+    *found, _ = _terms_plainly(
         logp, entropy, *inputs, tensor, 1.0 if tensor is not None else float(beta), form.kind, form.sequence,
         form.kl_estimator, [float(x) for x in form.numbers], backend,
     )  # fmt: skip

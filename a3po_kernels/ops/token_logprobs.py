@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import check_backend, choose
-from ..core.autograd import final
+from ..core.autograd import final, refuse_tangents
 from ..core.checks import as_rows, check_rows, compute_dtype
 from ..core.operators import plainly, plainly_differentiable, runs_plainly
 from ..core.transform import Transform
@@ -125,9 +125,9 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
         return None, *nothing
     arguments = (targets, shift, log_sum, entropy, grad_logp, grad_entropy, temperature, *ctx.transform)
     if not ctx.inplace:
-        return final(_gradient_plainly(logits, *arguments)), *nothing
+        return final(_gradient_plainly(logits, *arguments), logits), *nothing
     _logits_gradient_(logits, *arguments)
-    return final(logits), *nothing
+    return final(logits, logits), *nothing
 
 
 _token_statistics.register_autograd(_backward, setup_context=_setup_context)
@@ -172,6 +172,7 @@ def token_logprobs(
         RuntimeError: on a double backward, which is not implemented.
     """
     check_rows(logits, targets, temperature, softcap, logit_scale)
+    refuse_tangents(logits=logits)
     check_backend(backend, logits.device)
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
