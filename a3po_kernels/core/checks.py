@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes agree; torch.compile cannot compare tuples of a number with tuples of a symbolic size."""
+    return len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
+
+
 def check_tensor(name: str, tensor: object, shape: tuple[int, ...] | None = None, dtypes=None, device=None) -> None:
     """Raises TypeError or ValueError that names the argument, what it got and what it takes."""
     if not isinstance(tensor, torch.Tensor):
@@ -26,7 +32,7 @@ def check_tensor(name: str, tensor: object, shape: tuple[int, ...] | None = None
     if dtypes is not None and tensor.dtype not in dtypes:
         takes = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {takes}; got {tensor.dtype}")
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
+    if shape is not None and not same_shape(tensor.shape, shape):
         raise ValueError(f"{name} must have shape {list(shape)}; got {list(tensor.shape)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}; got {tensor.device}")
@@ -55,7 +61,7 @@ def check_transform(temperature: object, softcap: object, logit_scale: object, r
         check_positive("temperature", temperature)
         return
     check_floating("temperature", temperature)
-    if temperature.ndim and tuple(temperature.shape) != tuple(rows_shape):
+    if temperature.ndim and not same_shape(temperature.shape, rows_shape):
         raise ValueError(f"temperature must be 0-d or of shape {list(rows_shape)}; got {list(temperature.shape)}")
     if temperature.device != device:
         raise ValueError(f"temperature must be on {device}; got {temperature.device}")

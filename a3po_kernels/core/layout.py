@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import INDEX_DTYPES, check_floating, check_tensor
+from .checks import INDEX_DTYPES, check_floating, check_tensor, same_shape
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,17 @@ class TokenLayout:
     def rollouts(self) -> int:
         return self.offsets.shape[0] - 1
 
+    def is_per_rollout(self, values: Tensor) -> bool:
+        """Whether values that are per rollout or per token are [S]; where S = N, they are."""
+        return same_shape(values.shape, (self.rollouts,))
+
     def check_per_rollout(self, name: str, values: Any) -> None:
         """Raises unless values are a tensor per rollout [S] or per token."""
         check_tensor(name, values, device=self.offsets.device)
-        shape = tuple(values.shape)
-        if shape not in ((self.rollouts,), self.shape):
+        if not self.is_per_rollout(values) and not same_shape(values.shape, self.shape):
             raise ValueError(
                 f"{name} must have shape {[self.rollouts]} (per rollout) or {list(self.shape)} (per token); "
-                f"got {list(shape)}"
+                f"got {list(values.shape)}"
             )
 
     def check_per_token(self, name: str, values: Any) -> None:

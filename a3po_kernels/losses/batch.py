@@ -77,7 +77,7 @@ class TokenBatch:
             masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
         spread = (given.advantages, given.polarity, given.importance_weights)
-        per_rollout = [x is not None and tuple(x.shape) == (layout.rollouts,) for x in spread]
+        per_rollout = [x is not None and layout.is_per_rollout(x) for x in spread]
         read = read_tokens(
             targets, given.mask, layout.offsets, layout.count, dtype, *spread, per_rollout, _leading(objective),
             ignore_index, backend,

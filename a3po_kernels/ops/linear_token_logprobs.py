@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
-from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform
+from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform, same_shape
 from ..core.segments import true_first
 from ..core.tiles import column_tiles, default_chunk_bytes
 from ..core.transform import Transform
@@ -241,7 +241,7 @@ def _read_lora(lora: object, columns: int, width: int, device: torch.device) -> 
     a, b, scale = lora
     check_tensor("lora A", a, dtypes=LOGIT_DTYPES, device=device)
     check_tensor("lora B", b, dtypes=LOGIT_DTYPES, device=device)
-    if a.ndim != 2 or a.shape[1] != width or tuple(b.shape) != (columns, a.shape[0]):
+    if a.ndim != 2 or a.shape[1] != width or not same_shape(b.shape, (columns, a.shape[0])):
         raise ValueError(
             f"lora must hold A [r, {width}] and B [{columns}, r]; got {list(a.shape)} and {list(b.shape)}"
         )  # fmt: skip
