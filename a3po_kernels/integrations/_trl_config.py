@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,32 @@ KEYWORDS = {
 }
 
 
+def _pickle_error(value: Any) -> Exception | None:
+    """What pickle says against a value, in the protocol of torch.save."""
+    try:
+        pickle.dumps(value, protocol=2)
+    except Exception as error:  # pickle raises whatever the value's own methods do
+        return error
+    return None
+
+
+def _check_pickles(objective: Objective) -> None:
+    """Raises ValueError for an objective that no checkpoint could hold: TRL saves the configuration with each."""
+    if _pickle_error(objective) is None:
+        return
+    parts = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != "shaping"}
+    for i, rule in enumerate(objective.shaping):
+        parts.update({f"shaping[{i}].{f.name}": getattr(rule, f.name) for f in dataclasses.fields(rule)})
+    for name, value in parts.items():
+        error = _pickle_error(value)
+        if error is not None:
+            raise ValueError(
+                f"objective cannot be pickled, as TRL's checkpoints want: {name} = {value!r} ({error}); take a "
+                "schedule of a3po_kernels (LinearDecay, CosineDecay, ...) or a function at the top level of a module"
+            ) from error
+    raise ValueError(f"objective cannot be pickled, as TRL's checkpoints want: {_pickle_error(objective)}")
+
+
 def _option(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -47,7 +74,8 @@ class A3POConfig(GRPOConfig):
     `entropy_coef` weighs the entropy of each token, aggregated as the policy term is (TRL: the mean over a
     micro-batch's tokens, whatever the aggregation).
 
-    Refused with a ValueError: loss_type, top_entropy_quantile (objective="fork_tokens" selects exactly),
+    Refused with a ValueError: an Objective that cannot be pickled (a lambda as a schedule), which TRL's checkpoints do
+    with the whole configuration; loss_type, top_entropy_quantile (objective="fork_tokens" selects exactly),
     use_adaptive_entropy, off_policy_mask_threshold; and a KL term with use_bias_correction_kl, TRL's default, under a
     ratio per rollout.
     """
@@ -82,7 +110,8 @@ class A3POConfig(GRPOConfig):
         "'exact' leaves rows without a gradient out of the head's products; 'none' computes every row.", "exact"
     )
     head_statistics: str = _option(
-        "'all', or 'active': skip the statistics of tokens that cannot have a gradient.", "all"
+        "'all', or 'active': skip the statistics of tokens that cannot have a gradient, which are then no part of the "
+        "metrics' means.", "all"
     )
     head_chunk_bytes: int | None = _option("Budget of the tile of logits that exists at a time.")
 
@@ -98,7 +127,9 @@ class A3POConfig(GRPOConfig):
         for name, reason in refused.items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not supported by A3POConfig: {reason}")
-        wanted = self.build_objective().kl_coef
+        objective = self.build_objective()
+        _check_pickles(objective)
+        wanted = objective.kl_coef
         if vars(self)["beta"] not in (0.0, wanted):
             raise ValueError(f"beta = {vars(self)['beta']} and the objective's kl_coef = {wanted} differ")
         self.beta = wanted  # TRL loads a reference model for it

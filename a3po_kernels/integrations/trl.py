@@ -46,8 +46,9 @@ class A3POTrainer(GRPOTrainer):
     Each slice of a generation batch that a loss gets has a "row_plan" (see plan_rows), made when TRL cuts it, so that
     the loss waits for nothing on a GPU. Who changes a slice's mask or advantages after _prepare_inputs takes it out.
 
-    Metrics are TRL's (entropy, kl, clip_ratio/*, cispo_clip_ratio, aux_loss, ...) and entropy/positive,
-    entropy/negative, selected_fraction/positive, selected_fraction/negative, active_fraction, weight_beta.
+    Metrics are TRL's (entropy, kl, clip_ratio/*, cispo_clip_ratio, aux_loss, policy_loss with an entropy bonus, ...)
+    and entropy/positive, entropy/negative, selected_fraction/positive, selected_fraction/negative, active_fraction,
+    weight_beta.
 
     Raises:
         TypeError, ValueError: at construction, for arguments that are no A3POConfig, vision-language models, DeepSpeed
@@ -219,17 +220,34 @@ class A3POTrainer(GRPOTrainer):
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
+    def _policy_loss(
+        self, training: bool, inputs: Mapping[str, Any], mask: Tensor, out: PolicyLossOutput
+    ) -> Tensor:
+        """The loss without its entropy bonus and router loss, 0-d, as TRL logs it: a mean over this micro-batch's
+        rollouts, or token-mean's share of an accumulation window."""
+        objective = self.policy_objective
+        windows = self.current_gradient_accumulation_steps if training else 1
+        kept = (out.weights != 0).to(out.entropy.dtype)
+        entropy = (out.entropy * kept).sum(-1)
+        if objective.aggregation == "seq-mean-token-mean":
+            entropy = entropy / (kept if objective.normalize_over == "selected" else mask).sum(-1).clamp(min=1.0)
+        loss = out.loss.detach() + objective.entropy_coef * (entropy.sum() / self._denominator(inputs, training))
+        if "aux_loss" in out.metrics:
+            loss = loss - self.router_aux_loss_coef / windows * out.metrics["aux_loss"]
+        return loss if objective.aggregation == "token-mean" else loss * windows
+
     @torch.no_grad()
     def _log_policy(
         self, mode: str, inputs: Mapping[str, Any], batch: Mapping[str, Tensor], out: PolicyLossOutput
     ) -> None:
-        """Appends TRL's metrics and ours; means are over the tokens of all processes."""
+        """Appends TRL's metrics and ours; means are over the computed tokens of all processes."""
         objective, metrics = self.policy_objective, self._metrics[mode]
         mask = batch["completion_mask"].to(out.entropy.dtype)
+        known = mask * self._computed(out)
         advantages = inputs["advantages"].reshape(len(mask), -1).expand_as(mask)
-        positive, negative = mask * (advantages > 0), mask * (advantages < 0)
+        positive, negative = known * (advantages > 0), known * (advantages < 0)
         means: dict[str, tuple[Tensor, Tensor]] = {
-            "entropy": (out.entropy * mask, mask),
+            "entropy": (out.entropy * known, known),
             "entropy/positive": (out.entropy * positive, positive),
             "entropy/negative": (out.entropy * negative, negative),
             "selected_fraction/positive": (out.metrics["selected_fraction_positive"] * positive.sum(), positive),
@@ -237,10 +255,10 @@ class A3POTrainer(GRPOTrainer):
             "active_fraction": (out.metrics["active_fraction"] * mask.sum(), mask),
         }
         if "ref_logprobs" in batch:
-            means["kl"] = (out.metrics["kl"] * mask.sum(), mask)
-        low, high = self._clipped(batch, out, mask, advantages)
+            means["kl"] = (out.metrics["kl"] * known.sum(), known)
+        low, high = self._clipped(batch, out, known, advantages)
         # One ratio a rollout is one value a rollout, as in TRL.
-        weight = mask if low.shape[1] > 1 else torch.ones_like(low)
+        weight = known if low.shape[1] > 1 else self._computed(out).any(-1, keepdim=True).to(mask.dtype)
         if isinstance(objective.surrogate, Clip):
             means["clip_ratio/low_mean"] = (low * weight, weight)
             means["clip_ratio/high_mean"] = (high * weight, weight)
@@ -261,8 +279,18 @@ class A3POTrainer(GRPOTrainer):
         if "aux_loss" in out.metrics:
             aux_loss = self.accelerator.gather_for_metrics(out.metrics["aux_loss"])
             metrics["aux_loss"].append(aux_loss.mean().item())
-        if objective.entropy_coef and mode == "train" and self.accelerator.sync_gradients:
-            metrics["entropy_coef"].append(objective.entropy_coef)
+        if objective.entropy_coef:
+            policy_loss = self._policy_loss(mode == "train", inputs, mask, out)
+            metrics["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
+            if mode == "train" and self.accelerator.sync_gradients:
+                metrics["entropy_coef"].append(objective.entropy_coef)
+
+    def _computed(self, out: PolicyLossOutput) -> Tensor:
+        """Where there are statistics, bool [B, T]: with statistics="active" not at every token."""
+        if self.args.head_statistics == "all":
+            return torch.ones_like(out.weights, dtype=torch.bool)
+        # The others have no weight, and 0 for both; so has a dropped token of probability 1, which is left out too.
+        return (out.weights != 0) | (out.logprobs != 0) | (out.entropy != 0)
 
     def _clipped(
         self, batch: Mapping[str, Tensor], out: PolicyLossOutput, mask: Tensor, advantages: Tensor

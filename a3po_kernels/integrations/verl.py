@@ -1,4 +1,4 @@
-"""verl 0.9: this package's objectives as policy losses, and its head in place of verl's linear_cross_entropy.
+"""verl 0.9: this package's objectives as policy losses, and its head in place of verl's fused ones.
 
 Loading it through verl's hook for external modules registers every preset and puts the head in place:
 
@@ -6,10 +6,16 @@ Loading it through verl's hook for external modules registers every preset and p
         actor_rollout_ref.actor.policy_loss.loss_mode=a3po actor_rollout_ref.model.use_fused_kernels=True ...
 
 A preset whose name verl has taken (gspo, cispo, sapo) is registered as a3po_gspo and so on; verl's stay as they are.
+
+use_fused_kernels=True calls the head whatever fused_kernel_options.impl_backend says: 'torch', verl's default, and
+'liger' call FusedLinearForPPO, 'triton' and the Megatron engine linear_cross_entropy, and both are replaced. Not
+replaced: what the VeOmni engine's models compute themselves, and Kimi-VL, whose forward verl leaves as it is. verl's
+forwards hand over the head's weight alone: they leave a bias, a softcap and a logit scale out, with either head.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -19,8 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as verl_head
 
 from ..losses.logprobs import logprob_policy_loss
@@ -161,6 +169,15 @@ def register_objective(name: str, objective: Objective, *, bounds_from_config: b
     return register_policy_loss(name)(policy_loss)
 
 
+def _check_whole(name: str, weight: Tensor) -> None:
+    """Raises ValueError for a weight that FSDP2 or tensor parallelism has split."""
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"{name} is a DTensor ({weight.placements}), a slice of the head: FSDP2 has wrapped an untied head by "
+            "itself, and verl's fused forwards read its weight from outside; use strategy=fsdp or a tied head"
+        )
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -183,8 +200,8 @@ def linear_cross_entropy(
         (log-probs of the labels, fp32, [N] or reduced to 0-d; entropy, fp32 [N]), nats, rows flattened as in verl.
 
     Raises:
-        ValueError: a group of more ranks: its weight is one slice of the vocabulary, and the vocabulary-parallel head
-            does not exist yet.
+        ValueError: a group of more ranks, or a DTensor: the weight is one slice of the head, and the
+            vocabulary-parallel head does not exist yet.
     """
     if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
         raise ValueError(
@@ -193,6 +210,7 @@ def linear_cross_entropy(
         )
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean'; got {reduction!r}")
+    _check_whole("weight", weight)
     stats = linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature
     )
@@ -202,14 +220,51 @@ def linear_cross_entropy(
     return logprobs, stats.entropy
 
 
+_CHUNK_SIZE = inspect.signature(FusedLinearForPPO).parameters["chunk_size"].default
+
+
+def _fused_linear_for_ppo(
+    self: FusedLinearForPPO, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """FusedLinearForPPO.forward by linear_token_logprobs, for each of its impl_backends.
+
+    A chunk_size that is not verl's default bounds the tile of logits to the bytes of so many rows in fp32.
+
+    Args:
+        hidden_states: [..., H]; vocab_weights: [V, H]; input_ids: [...]: row i predicts input_ids[i].
+        temperature: what the logits are divided by, a number.
+
+    Returns:
+        (log-probs of input_ids, entropy), fp32 [...], nats. verl's torch backend rounds the logits and the entropy to
+        the dtype of hidden_states.
+
+    Raises:
+        ValueError: input_ids of another shape; a DTensor as vocab_weights.
+    """
+    if input_ids.shape != hidden_states.shape[:-1]:
+        raise ValueError(f"input_ids must have shape {list(hidden_states.shape[:-1])}; got {list(input_ids.shape)}")
+    _check_whole("vocab_weights", vocab_weights)
+    bound = None if self.chunk_size == _CHUNK_SIZE else 4 * self.chunk_size * vocab_weights.shape[0]
+    stats = linear_token_logprobs(
+        hidden_states, vocab_weights, input_ids, temperature=temperature, max_chunk_bytes=bound
+    )
+    return stats.logprobs, stats.entropy
+
+
 def install_head() -> None:
-    """Puts linear_cross_entropy in the place of verl's, in its own module and in those that have imported it."""
+    """Puts our head in the place of verl's: linear_cross_entropy, and the forward of the class FusedLinearForPPO.
+
+    The function is replaced in its own module and in those of verl that have imported it, under whatever name; the
+    class stays the class it is, so that who has imported it, or holds an instance, calls our head too.
+    """
+    FusedLinearForPPO.forward = _fused_linear_for_ppo
     theirs = verl_head.linear_cross_entropy
     if theirs is linear_cross_entropy:
         return
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and getattr(module, "linear_cross_entropy", None) is theirs:
-            vars(module)["linear_cross_entropy"] = linear_cross_entropy
+        if name.startswith("verl."):
+            for alias in [key for key, value in vars(module).items() if value is theirs]:
+                vars(module)[alias] = linear_cross_entropy
 
 
 def _register_presets() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 import a3po_kernels as ak
 
 pytest.importorskip("trl")
+import tiny
+from datasets import Dataset
 from transformers import HfArgumentParser
 
-from a3po_kernels.integrations.trl import A3POConfig
+from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -74,3 +79,75 @@ def test_a_config_is_a_command_line_and_json():
 def test_what_is_not_supported_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         built(**options)
+
+
+# -- an objective is saved with every checkpoint ----------------------------------------------------------------------
+
+
+def halved(step):
+    """A schedule as users write it."""
+    return 1.0 + 1.0 / (1.0 + step)
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A schedule with a function of its own inside."""
+
+    function: Callable
+
+    def __call__(self, step):
+        return self.function(step)
+
+
+def nested(step):
+    def schedule(step):
+        return 1.0
+
+    return schedule
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["a3po", ak.a3po(), ak.a3po(schedule=ak.CosineDecay()), ak.a3po(schedule=halved), ak.a3po(schedule=Growing(halved)),
+     ak.lp_reg(), ak.gspo(kl_coef=0.1)],
+    ids=str,
+)  # fmt: skip
+def test_an_objective_survives_training_args(objective, tmp_path):
+    """As Trainer._save writes it, and a user reads it."""
+    config = A3POConfig("unused", objective=objective, report_to=[], use_cpu=True, bf16=False)
+    torch.save(config, tmp_path / "training_args.bin")
+    back = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert back.build_objective() == config.build_objective()
+
+
+@pytest.mark.parametrize(
+    ("objective", "part"),
+    [
+        (ak.a3po(schedule=lambda step: 1.0), r"shaping\[0\]\.selected_scale = <function <lambda>"),
+        (ak.a3po(schedule=nested(0)), r"shaping\[0\]\.selected_scale = <function nested.<locals>\.schedule"),
+        (ak.a3po(schedule=Growing(lambda step: 1.0)), r"shaping\[0\]\.selected_scale = Growing\(function=<function"),
+        (
+            ak.Objective(shaping=(ak.PolarityWeights(), ak.TokenRule(selected_scale=lambda step: 2.0))),
+            r"shaping\[1\]\.selected_scale",
+        ),
+    ],
+)
+def test_what_no_checkpoint_could_hold_is_refused(objective, part):
+    with pytest.raises(ValueError, match=rf"objective cannot be pickled.*: {part}.*LinearDecay.*top level of a module"):
+        built(objective=objective)
+
+
+def test_a_checkpoint_holds_the_objective(tmp_path):
+    """TRL's own save_checkpoint; a lambda died here."""
+    objective = ak.a3po(schedule=halved)
+    tiny.build().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    args = A3POConfig(
+        str(tmp_path), objective=objective, per_device_train_batch_size=4, num_generations=4, max_steps=1,
+        max_completion_length=4, save_strategy="steps", save_steps=1, report_to=[], use_cpu=True, bf16=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_dict({"prompt": ["1+2="] * 4})
+    A3POTrainer(str(tmp_path / "model"), lambda completions, **_: [1.0] * len(completions), args, data).train()
+    saved = torch.load(tmp_path / "checkpoint-1/training_args.bin", weights_only=False)
+    assert isinstance(saved, A3POConfig) and saved.build_objective() == objective

@@ -173,12 +173,13 @@ def test_verl_loads_it_by_its_external_module_hook():
         "import verl, verl.models.transformers.dense_common\n"
         "from verl.trainer.ppo.core_algos import get_policy_loss_fn\n"
         "from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy as head\n"
-        "print(get_policy_loss_fn('a3po').__module__, head.__module__)\n"
+        "from verl.utils.experimental.torch_functional import FusedLinearForPPO as default\n"
+        "print(get_policy_loss_fn('a3po').__module__, head.__module__, default.forward.__module__)\n"
     )
     environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "a3po_kernels.integrations.verl"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-2:] == ["a3po_kernels.integrations.verl"] * 2
+    assert result.stdout.split()[-3:] == ["a3po_kernels.integrations.verl"] * 3
 
 
 # -- the head ---------------------------------------------------------------------------------------------------------
