@@ -17,7 +17,7 @@ def _check_number(name: str, value: object, low: float, high: float = math.inf, 
     """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not (low < value <= high if above else low <= value <= high) or not math.isfinite(value):
+    if not (low < value <= high if above else low <= value <= high) or not -math.inf < value < math.inf:
         bracket = "(" if above else "["
         raise ValueError(f"{name} must be finite and lie in {bracket}{low}, {high}]; got {value}")
 
@@ -161,6 +161,8 @@ class Objective:
     kl_coef, kl_estimator: coefficient and estimator of the KL term to the reference policy: k1, k2, k3, or k3-ratio, k3
         times the token's ratio r and differentiated through it, which is unbiased off-policy (DeepSeek-V3.2, arXiv
         2512.02556; TRL's use_bias_correction_kl). The latter needs ratio_level "token".
+    kl_clamp: where the log ratio to the reference policy goes beyond +-kl_clamp it is held there, and has no gradient:
+        k3 is inf in fp32 from 88 nats on (TRL's too). None: off. metrics["kl_clamped_fraction"] counts the tokens.
     entropy_coef: coefficient of the entropy bonus.
     low_probability: a MinPRegularizer, or None.
     aggregation: one of AGGREGATIONS.
@@ -172,6 +174,7 @@ class Objective:
     ratio_level: str = "token"
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    kl_clamp: float | None = None
     entropy_coef: float = 0.0
     low_probability: MinPRegularizer | None = None
     aggregation: str = "token-mean"
@@ -187,6 +190,8 @@ class Objective:
         _check_word("ratio_level", self.ratio_level, ("token", "sequence"))
         _check_number("kl_coef", self.kl_coef, 0.0)
         _check_word("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        if self.kl_clamp is not None:
+            _check_number("kl_clamp", self.kl_clamp, 0.0, above=True)
         if self.kl_estimator == "k3-ratio" and self.ratio_level == "sequence":
             raise ValueError("kl_estimator 'k3-ratio' needs ratio_level 'token'; got 'sequence'")
         _check_number("entropy_coef", self.entropy_coef, -math.inf)
@@ -198,7 +203,7 @@ class Objective:
 
 def _common(aggregation: str, options: dict, **fields) -> Objective:
     """An Objective from a preset's fields and the overrides that every preset takes."""
-    known = {"kl_coef", "kl_estimator", "entropy_coef", "aggregation", "ratio_level"}
+    known = {"kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level"}
     unknown = sorted(set(options) - known)
     if unknown:
         clip = {"epsilon_low", "epsilon_high", "dual_clip", "delta"} if isinstance(fields["surrogate"], Clip) else set()
@@ -216,8 +221,8 @@ def _clipped(low: float, high: float, options: dict) -> Clip:
 def grpo(**options) -> Objective:
     """GRPO (DeepSeekMath, arXiv 2402.03300): clip .2/.2, k3 KL (coefficient 0 unless given), mean of rollout means.
 
-    Keywords, here and in every preset: kl_coef, kl_estimator, entropy_coef, aggregation, and (where the surrogate is
-    the clip) epsilon_low, epsilon_high, dual_clip, delta. Values out of range raise ValueError.
+    Keywords, here and in every preset: kl_coef, kl_estimator, kl_clamp, entropy_coef, aggregation, ratio_level, and
+    (where the surrogate is the clip) epsilon_low, epsilon_high, dual_clip, delta. Values out of range raise ValueError.
     """
     surrogate = _clipped(0.2, 0.2, options)
     return _common("seq-mean-token-mean", options, surrogate=surrogate)

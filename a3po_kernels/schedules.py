@@ -21,8 +21,13 @@ def _check_finite(**values: float) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-        if not math.isfinite(value) or value < 0:
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0; got {value}")
+
+
+def _exactly(step: Tensor) -> Tensor:
+    """In fp64: an integer's product with a float would be in PyTorch's default dtype, bf16 perhaps."""
+    return step.double()
 
 
 def _at_least(value: Value, minimum: float) -> Value:
@@ -58,6 +63,7 @@ class LinearDecay:
         _check_finite(start=self.start, rate=self.rate, minimum=self.minimum)
 
     def __call__(self, step: Value) -> Value:
+        step = _exactly(step) if isinstance(step, Tensor) else step
         return _at_least(self.start - self.rate * step, self.minimum)
 
 
@@ -75,7 +81,7 @@ class ExponentialDecay:
     def __call__(self, step: Value) -> Value:
         height = self.start - self.minimum
         if isinstance(step, Tensor):
-            return self.minimum + height * torch.exp(-self.rate * step)
+            return self.minimum + height * torch.exp(-self.rate * _exactly(step))
         return self.minimum + height * math.exp(-self.rate * step)
 
 
@@ -95,5 +101,5 @@ class CosineDecay:
     def __call__(self, step: Value) -> Value:
         height = 0.5 * (self.start - self.minimum)
         if isinstance(step, Tensor):
-            return self.minimum + height * (1.0 + torch.cos(math.pi * (step / self.steps).clamp(0.0, 1.0)))
+            return self.minimum + height * (1.0 + torch.cos(math.pi * (_exactly(step) / self.steps).clamp(0.0, 1.0)))
         return self.minimum + height * (1.0 + math.cos(math.pi * min(max(step / self.steps, 0.0), 1.0)))

@@ -134,7 +134,7 @@ def objective_value(
     if batch.importance_weights is not None:
         loss = loss * batch.importance_weights[kept]
     if objective.kl_coef != 0:
-        loss = loss + objective.kl_coef * kl_estimate(objective.kl_estimator, logp, batch.ref_logprobs[kept], r)
+        loss = loss + objective.kl_coef * kl_estimate(objective, logp, batch.ref_logprobs[kept], r)
     if objective.entropy_coef != 0:
         loss = loss - objective.entropy_coef * h
 
@@ -222,9 +222,11 @@ def metrics_of(
         return zero + share
 
     rules = [part for part in objective.shaping if isinstance(part, TokenRule)]
-    kl = zero
+    kl = clamped = zero
     if batch.ref_logprobs is not None:
-        kl = mean(kl_estimate(objective.kl_estimator, logp, batch.ref_logprobs[rows], r))
+        kl = mean(kl_estimate(objective, logp, batch.ref_logprobs[rows], r))
+        if objective.kl_clamp is not None:
+            clamped = mean((logp - batch.ref_logprobs[rows]).abs() > objective.kl_clamp)
     return {
         "entropy": mean(entropy[rows]),
         "kl": kl,
@@ -239,4 +241,5 @@ def metrics_of(
         "active_fraction": mean(active[rows]),
         "weight": zero + (scale_at(rules[0].selected_scale, step) if rules else 1.0),
         "token_count": zero + len(rows),
+        "kl_clamped_fraction": clamped,
     }

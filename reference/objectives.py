@@ -190,6 +190,7 @@ class Objective:
     ratio_level: str = "token"
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    kl_clamp: float | None = None
     entropy_coef: float = 0.0
     low_probability: MinPRegularizer | None = None
     aggregation: str = "token-mean"
@@ -204,5 +205,7 @@ class Objective:
             raise TypeError(f"surrogate must be Clip, Cispo, Sapo or Reinforce, got {self.surrogate!r}")
         one_of("ratio_level", self.ratio_level, ("token", "sequence"))
         one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "k3-ratio"))
+        if self.kl_clamp is not None:
+            at_least("kl_clamp", self.kl_clamp, 0, strict=True)
         one_of("aggregation", self.aggregation, AGGREGATIONS)
         one_of("normalize_over", self.normalize_over, ("all", "selected"))

@@ -1,7 +1,7 @@
 """The published methods as Objectives (the table of SPEC section 3).
 
 Every preset takes the keyword overrides that its parts have: epsilon_low, epsilon_high, dual_clip, delta (Clip),
-kl_coef, kl_estimator, entropy_coef, aggregation. A keyword that its surrogate does not have is a TypeError.
+kl_coef, kl_estimator, kl_clamp, entropy_coef, aggregation. A keyword that its surrogate does not have is a TypeError.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .objectives import (
     TokenRule,
 )
 
-OBJECTIVE_OVERRIDES = ("kl_coef", "kl_estimator", "entropy_coef", "aggregation")
+OBJECTIVE_OVERRIDES = ("kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation")
 
 
 def build(surrogate_class: type, surrogate_defaults: dict, overrides: dict, **objective_fields) -> Objective:

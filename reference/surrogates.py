@@ -155,9 +155,15 @@ def clipped_low_high(surrogate, advantage: Tensor, ratio: Tensor) -> tuple[Tenso
 # --- regularisers ---
 
 
-def kl_estimate(estimator: str, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor) -> Tensor:
-    """k1 = l - l_ref, k2 = (l - l_ref)^2 / 2, k3 = exp(l_ref - l) - (l_ref - l) - 1, k3-ratio = r k3."""
+def kl_estimate(objective: Objective, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor) -> Tensor:
+    """k1 = l - l_ref, k2 = (l - l_ref)^2 / 2, k3 = exp(l_ref - l) - (l_ref - l) - 1, k3-ratio = r k3.
+
+    l - l_ref is held within +-kl_clamp, if that is given (as verl holds it within +-20).
+    """
+    estimator = objective.kl_estimator
     difference = logprobs - ref_logprobs
+    if objective.kl_clamp is not None:
+        difference = difference.clamp(-objective.kl_clamp, objective.kl_clamp)
     if estimator == "k1":
         return difference
     if estimator == "k2":

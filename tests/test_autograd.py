@@ -178,13 +178,13 @@ def test_opcheck(backend, device):
     rules = ([ones, ones], [1, 0, 0, 0, -1, 1, 1, 1], [0.2, 1.0, 2.0, 0.3, 0.0, 0.0], [ones[0]])
     torch.library.opcheck(tokens._apply_rules, (ones, ones, offsets, *rules, backend))
     logp, entropy = stats[0].requires_grad_(), stats[1].requires_grad_()
-    numbers = [0.8, 1.28, float("inf"), float("inf"), 1.0, 1.0, 0.0, 0.1, 0.0]
+    numbers = [0.8, 1.28, float("inf"), float("inf"), 1.0, 1.0, 0.0, 0.1, 0.0, float("inf")]
     rollout = torch.zeros(10, dtype=torch.int32, device=device)
     torch.library.opcheck(
         surrogate._policy_terms,
         (
             logp, entropy, ones > 0, rollout, ones, ones, ones, None, None, None, None, None, None, offsets,
-            per_rollout * 5, per_rollout / 10, None, 1.0, "clip", False, "k3", numbers, backend,
+            per_rollout * 5, per_rollout / 10, None, 1.0, "clip", False, "k3", numbers, True, backend,
         ),
     )  # fmt: skip
     hidden, weight = torch.randn(10, 4, device=device), torch.randn(9, 4, device=device)

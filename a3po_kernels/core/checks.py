@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .operators import reads_values
+
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 SIDES = ("low", "high")
@@ -67,8 +69,17 @@ def check_transform(temperature: object, softcap: object, logit_scale: object, r
         raise ValueError(f"temperature must be on {device}; got {temperature.device}")
     if temperature.requires_grad:
         raise ValueError("temperature must not require a gradient: none is computed for it")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
-        raise ValueError("temperature must be positive everywhere")
+
+
+def check_temperature(temperature: object, rows: torch.Tensor, validate: bool) -> None:
+    """Raises ValueError for a temperature that is not positive and finite at a row that counts (bool, any shape)."""
+    if not isinstance(temperature, torch.Tensor) or not reads_values(temperature, validate):
+        return
+    bad = ~((temperature > 0) & (temperature < float("inf")))
+    bad = bad & (rows if temperature.ndim else rows.any())
+    if bool(bad.any()):
+        got = temperature[bad][0] if temperature.ndim else temperature
+        raise ValueError(f"temperature must be positive and finite; got {got.item()}")
 
 
 def check_rows(logits: Any, targets: Any, temperature: object, softcap: object, logit_scale: object) -> None:

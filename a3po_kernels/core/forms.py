@@ -9,12 +9,12 @@ from torch import Tensor
 # Columns of the partial sums; the last is a maximum.
 SUMS = (
     "loss", "entropy", "kl", "approx_kl", "ratio", "clip_low", "clip_high", "dual_clip", "selected_positive",
-    "selected_negative", "positive", "negative", "active", "tokens", "ratio_max",
+    "selected_negative", "positive", "negative", "active", "tokens", "kl_clamped", "ratio_max",
 )  # fmt: skip
 METRICS = (
     "entropy", "kl", "approx_kl", "ratio_mean", "ratio_max", "clip_fraction_low", "clip_fraction_high",
     "dual_clip_fraction", "selected_fraction_positive", "selected_fraction_negative", "active_fraction", "token_count",
-    "weight",
+    "weight", "kl_clamped_fraction",
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ class SurrogateForm(NamedTuple):
     """What the loss of a token is. Words choose code, numbers are run-time values.
 
     kind: "clip", "cispo", "sapo" or "reinforce"; low, high: bounds of the ratio (cispo: low 0 is none); dual_clip,
-    delta: inf is none; tau_positive, tau_negative: SAPO's; beta: weight of the replacement regulariser.
+    delta, kl_clamp: inf is none; tau_positive, tau_negative: SAPO's; beta: weight of the replacement regulariser.
     """
 
     kind: str
@@ -37,6 +37,7 @@ class SurrogateForm(NamedTuple):
     kl_coef: float
     entropy_coef: float
     beta: float
+    kl_clamp: float
 
     @property
     def numbers(self) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import INDEX_DTYPES, check_floating, check_tensor, same_shape
+from .operators import reads_values
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,19 @@ class TokenLayout:
         """A per-token tensor, detached and flat [N]."""
         return None if values is None else values.detach().reshape(-1).to(dtype).contiguous()
 
-    def check_mask(self, mask: Any) -> None:
-        """Raises unless mask is None or a tensor per token, of bools or numbers."""
-        if mask is not None:
-            check_tensor("mask", mask, self.shape, device=self.offsets.device)
+    def check_mask(self, mask: Any, validate: bool) -> None:
+        """Raises unless mask is None or a tensor per token, of bools or (where values may be read) of 0 and 1."""
+        if mask is None:
+            return
+        check_tensor("mask", mask, self.shape, device=self.offsets.device)
+        if mask.dtype != torch.bool and reads_values(mask, validate):
+            strange = mask[(mask != 0) & (mask != 1)]
+            if strange.numel():
+                raise ValueError(f"mask must be bool or hold 0 and 1; got {strange[0].item()}")
 
-    def flat_mask(self, mask: Tensor | None) -> Tensor | None:
+    def flat_mask(self, mask: Tensor | None, validate: bool) -> Tensor | None:
         """A mask, bool or 0/1, as a flat bool [N]."""
-        self.check_mask(mask)
+        self.check_mask(mask, validate)
         return None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).reshape(-1).contiguous()
 
 
@@ -95,7 +101,7 @@ def token_layout(
     if len(shape) != 1:
         raise ValueError(f"{name} must have shape [N] when cu_seqlens are given; got {list(shape)}")
     offsets = cu_seqlens.long().contiguous()
-    if not torch.compiler.is_compiling() and (device.type == "cpu" or validate):
+    if reads_values(offsets, validate):
         rising = bool((offsets.diff() >= 0).all())
         if not rising or int(offsets[0]) != 0 or int(offsets[-1]) != shape[0]:
             raise ValueError(f"cu_seqlens must rise from 0 to N = {shape[0]}; got {cu_seqlens.tolist()}")

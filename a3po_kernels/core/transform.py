@@ -25,7 +25,9 @@ class Transform(NamedTuple):
 
     @classmethod
     def of(cls, temperature: float | Tensor, softcap: float | None, logit_scale: float, ignore_index: int) -> Transform:
-        """From the public arguments, which were checked."""
+        """From the public arguments, which were checked but for ignore_index; raises TypeError if it is no integer."""
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}")
         rest = (float(logit_scale), float(softcap or 0.0), int(ignore_index))
         if not isinstance(temperature, Tensor):
             return cls(None, float(temperature), *rest)

@@ -12,7 +12,7 @@ from ..objectives import Objective
 _NAMES = "a3po cispo dapo dr_grpo fork_tokens grpo gspo lp_reg nsr psr sapo w_reinforce".split()
 PRESETS: dict[str, Callable[..., Objective]] = {name: getattr(objectives, name) for name in _NAMES}
 
-_EVERY = {"kl_coef", "kl_estimator", "entropy_coef", "aggregation", "ratio_level"}
+_EVERY = {"kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level"}
 _CLIP = {"epsilon_low", "epsilon_high", "dual_clip", "delta"}
 
 

@@ -28,6 +28,7 @@ KEYWORDS = {
     "low_probability_beta": "beta",
     "dual_clip": "dual_clip",
     "kl_estimator": "kl_estimator",
+    "kl_clamp": "kl_clamp",
     "aggregation": "aggregation",
     "epsilon": "epsilon_low",
     "epsilon_high": "epsilon_high",
@@ -100,6 +101,7 @@ class A3POConfig(GRPOConfig):
         "Estimator of the KL term: 'k1', 'k2', 'k3' or 'k3-ratio'. By default as in TRL: 'k3-ratio' with "
         "use_bias_correction_kl, else 'k3'."
     )
+    kl_clamp: float | None = _option("Bound of the log ratio to the reference policy in the KL term. Off if None.")
     aggregation: str | None = _option(
         "'token-mean' (over all tokens of an optimizer step), 'seq-mean-token-mean', 'seq-mean-token-sum' or "
         "'seq-mean-token-sum-norm' (divided by max_completion_length)."

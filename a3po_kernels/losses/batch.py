@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_floating
+from ..core.checks import check_floating, check_temperature
 from ..core.layout import TokenLayout
+from ..core.operators import reads_values
 from ..objectives import Objective, PolarityWeights, TokenRule
-from ..ops.token_logprobs import check_targets, reads_values
+from ..ops.token_logprobs import check_targets
 from ..ops.tokens import read_tokens
 
 
@@ -63,7 +64,8 @@ class TokenBatch:
     @classmethod
     def read(
         cls, layout: TokenLayout, objective: Objective, given: TokenArguments, dtype: torch.dtype, backend: str, *,
-        targets: Tensor | None = None, vocabulary: int = 0, ignore_index: int = -100, validate: bool = False,
+        targets: Tensor | None = None, vocabulary: int = 0, ignore_index: int = -100, temperature: Any = 1.0,
+        validate: bool = False,
     ) -> TokenBatch:  # fmt: skip
         """Checks everything before anything is launched, then reads it in one launch.
 
@@ -72,10 +74,11 @@ class TokenBatch:
                 needs and did not get.
             IndexError: a target outside the vocabulary, where values may be read.
         """
-        length = _check(layout, objective, given)
+        length = _check(layout, objective, given, validate)
         if targets is not None and reads_values(targets, validate):
             masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
+            check_temperature(temperature, masked != ignore_index, validate)
         spread = (given.advantages, given.polarity, given.importance_weights)
         per_rollout = [x is not None and layout.is_per_rollout(x) for x in spread]
         read = read_tokens(
@@ -120,6 +123,12 @@ def _leading(objective: Objective) -> tuple[float, float, float]:
     return positive, negative, neutral
 
 
+def check_polarity(polarity: Tensor) -> None:
+    """Raises TypeError for bools, whose False would read as neither."""
+    if polarity.dtype == torch.bool:
+        raise TypeError("polarity takes +1 (correct), -1 (incorrect) and 0; got torch.bool: give 2 * correct.int() - 1")
+
+
 def check_objective(objective: object) -> None:
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
@@ -156,7 +165,7 @@ def _max_length(objective: Objective, layout: TokenLayout, max_length: Any, deno
     return float(layout.shape[1])
 
 
-def _check(layout: TokenLayout, objective: Objective, given: TokenArguments) -> float:
+def _check(layout: TokenLayout, objective: Objective, given: TokenArguments, validate: bool) -> float:
     """Everything that can be wrong with the arguments; gives the length of seq-mean-token-sum-norm."""
     device = layout.offsets.device
     for name in ("advantages", "polarity", "importance_weights"):
@@ -166,15 +175,18 @@ def _check(layout: TokenLayout, objective: Objective, given: TokenArguments) -> 
         layout.check_per_rollout(name, values)
         if name != "polarity":
             check_floating(name, values)
+        else:
+            check_polarity(values)
     for name in ("old_logprobs", "ref_logprobs", "old_entropy", "min_p_logprobs"):
         if (values := getattr(given, name)) is not None:
             layout.check_per_token(name, values)
-    layout.check_mask(given.mask)
+    layout.check_mask(given.mask, validate)
     _check_scalar("step", given.step, device)
     denominator = given.denominator
     if denominator is not None:
         _check_scalar("denominator", denominator, device)
-        if not isinstance(denominator, Tensor) and not 0 <= denominator < math.inf:
+        known = not isinstance(denominator, Tensor) or reads_values(denominator, validate)
+        if known and not 0 <= denominator < math.inf:
             raise ValueError(f"denominator must be finite and at least 0; got {denominator}")
     length = _max_length(objective, layout, given.max_length, denominator)
     if objective.kl_coef and given.ref_logprobs is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.checks import compute_dtype
 from ..core.layout import token_layout
+from ..core.operators import reads_values, runs_plainly, without_autocast
 from ..core.tiles import default_chunk_bytes
 from ..core.transform import Transform
 from ..objectives import Objective
@@ -23,7 +24,6 @@ from ..ops.linear_token_logprobs import (
     read_compaction,
     read_head,
 )
-from ..ops.token_logprobs import reads_values
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
@@ -111,6 +111,7 @@ def linear_policy_loss(
         raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
     if statistics not in ("all", "active"):
         raise ValueError(f"statistics must be 'all' or 'active'; got {statistics!r}")
+    transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
@@ -118,14 +119,16 @@ def linear_policy_loss(
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.vocabulary,
-        ignore_index=ignore_index, validate=validate,
+        ignore_index=ignore_index, temperature=temperature, validate=validate,
     )  # fmt: skip
     assert batch.targets is not None
     flat_targets = batch.targets
-    transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
-    chosen = read_compaction(compaction, hidden.device, backend)
+    chosen = read_compaction(compaction, hidden, backend)
     if chosen > 0 and route == "one-pass":
         raise ValueError("route='one-pass' takes compaction 'exact' or 'none'; a number of rows needs 'recompute'")
+    plain = runs_plainly(hidden)
+    if route == "one-pass" and not plain:
+        raise ValueError("route='one-pass' is not possible in what is compiled or traced; 'auto' takes 'recompute'")
     if plan is not None and (chosen > 0 or compaction == "none"):
         raise ValueError(f"plan says which rows are multiplied, and so does compaction = {compaction!r}; give one")
 
@@ -142,8 +145,7 @@ def linear_policy_loss(
     mine = spread(possible, tokens, batch.offsets, unit)
     computed = tokens if statistics == "all" else mine
     left_out: Tensor | None = None
-    compiling = torch.compiler.is_compiling()
-    if plan is None and not compiling and chosen <= 0:
+    if plan is None and plain and chosen <= 0:
         if chosen == EXACT and any(wanted):
             plan = find_rows(mine, computed & ~mine, layout, objective, unit, True)
         elif chosen == EVERY:
@@ -172,7 +174,7 @@ def linear_policy_loss(
         return scale if left_out is None else scale.masked_fill(left_out, torch.nan)
 
     tiles = None
-    if any(wanted) and route != "recompute" and plan is not None and not compiling:
+    if any(wanted) and route != "recompute" and plan is not None and plain:
         chunk_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device, one_pass=True)
         tiles = plan_chunks(head, plan, unit, chunk_bytes)
         if tiles is None and route == "one-pass":
@@ -183,7 +185,7 @@ def linear_policy_loss(
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.
         weights = batch.weights if shaped is None else shaped.weights
         scale = scale_of if unit == "batch" and shaped is None else scale_of(weights)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(hidden.device):
             found = one_pass(
                 head, objective, replace(batch, tokens=computed), transform, plan, tiles, unit, shaped, scale, wanted,
                 max_bytes, main_grad is not None, backend,

@@ -130,6 +130,7 @@ def policy_loss(
         raise ValueError(f"logits must have shape {expected}; got {list(logits.shape)}{hint}")
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
+    transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     wanted = torch.is_grad_enabled() and logits.requires_grad
     if inplace_backward and wanted:
@@ -140,11 +141,10 @@ def policy_loss(
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=logits.shape[-1],
-        ignore_index=ignore_index, validate=validate,
+        ignore_index=ignore_index, temperature=temperature, validate=validate,
     )  # fmt: skip
     assert batch.targets is not None
     flat_targets = batch.targets
-    transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     rows = as_rows(logits)
     obstacle = _why_two_stages(objective, batch, logits)
     if route == "one-launch" and obstacle is not None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..core.checks import check_tensor
 from ..core.layout import TokenLayout, token_layout
+from ..core.operators import runs_plainly
 from ..core.segments import segment_of, segment_sum, true_first
 from ..objectives import Objective, PolarityWeights, TokenRule
-from .batch import check_objective
+from .batch import check_objective, check_polarity
 
 UNITS = ("token", "rollout", "batch")
 
@@ -158,12 +159,15 @@ def plan_rows(
         ValueError, TypeError: as linear_policy_loss does for these arguments.
     """
     check_tensor("mask", mask)
+    if not runs_plainly(mask):
+        raise ValueError("plan_rows counts rows and needs real values: no fake or meta tensors, and no tracing")
     check_objective(objective)
     layout = token_layout("mask", mask, cu_seqlens, validate=False)
     layout.check_per_rollout("advantages", advantages)
     if polarity is not None:
         layout.check_per_rollout("polarity", polarity)
-    tokens = layout.flat_mask(mask)
+        check_polarity(polarity)
+    tokens = layout.flat_mask(mask, False)
     assert tokens is not None
     if cu_seqlens is not None:
         rows = torch.arange(layout.count, device=tokens.device)

@@ -50,6 +50,7 @@ def surrogate_form(objective: Objective) -> SurrogateForm:
         low=0.0, high=math.inf, dual_clip=math.inf, delta=math.inf, tau_positive=1.0, tau_negative=1.0,
         kl_coef=objective.kl_coef, entropy_coef=objective.entropy_coef,
         beta=0.0 if objective.low_probability is None else objective.low_probability.beta,
+        kl_clamp=math.inf if objective.kl_clamp is None else objective.kl_clamp,
     )  # fmt: skip
     if isinstance(surrogate, Clip):
         return form._replace(
@@ -194,7 +195,7 @@ def token_terms(
 def policy_output(
     batch: TokenBatch, loss: Tensor, stats: TokenStats, weights: Tensor, metrics: Tensor, route: str
 ) -> PolicyLossOutput:
-    """Puts the results, flat [N], into the caller's spelling. metrics: METRICS [13]."""
+    """Puts the results, flat [N], into the caller's spelling. metrics: METRICS."""
     shape = batch.layout.shape
     logprobs, entropy, weights = (x.detach().view(shape) for x in (*stats, weights))
     named = dict(zip(METRICS, metrics.unbind(), strict=True))

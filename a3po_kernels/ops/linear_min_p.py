@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import compute_dtype
+from ..core.operators import plainly, without_autocast
 from ..core.tiles import default_chunk_bytes, row_tiles
 from ..core.transform import Transform
 from .linear_head import LinearHead, Logits
@@ -23,20 +24,44 @@ from .min_p import check_min_p, min_p_rows
 from .token_logprobs import check_targets
 
 
+@torch.library.custom_op("a3po::linear_min_p", mutates_args=())
+def _linear_min_p(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, targets: Tensor,
+    lora_scale: float, vocabulary: int, dtype: torch.dtype, min_p: float, logit_scale: float, softcap: float,
+    ignore_index: int, max_chunk_bytes: int, compaction: int, backend: str,
+) -> Tensor:  # fmt: skip
+    """[N] of hidden [N, H]; compaction: see rows_where."""
+    head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
+    transform = Transform(None, 1.0, logit_scale, softcap, ignore_index)
+    with without_autocast(hidden.device):
+        rows, _ = rows_where(targets != ignore_index, compaction)
+        mine = targets if rows is None else targets[rows]
+        logits = Logits(head, rows, row_tiles(mine.numel(), vocabulary, head.tile_bytes(), max_chunk_bytes))
+        out = torch.empty(mine.numel(), dtype=compute_dtype(dtype), device=mine.device)
+        for at, _, tile in logits:
+            out[at] = min_p_rows(tile[None], mine[at], min_p, transform, backend)
+        return scatter_rows(out, rows, targets.numel())
+
+
+@_linear_min_p.register_fake
+def _(hidden, weight, bias, lora_a, lora_b, targets, lora_scale, vocabulary, dtype, *_):
+    return hidden.new_empty(targets.shape[0], dtype=compute_dtype(dtype))
+
+
+_linear_min_p_plainly = plainly(_linear_min_p)
+
+
 def linear_min_p_unchecked(
     head: LinearHead, targets: Tensor, min_p: float, transform: Transform, max_chunk_bytes: int | None, compaction: int,
     backend: str,
 ) -> Tensor:  # fmt: skip
     """linear_min_p_token_logprobs after its checks, flat [N]."""
-    with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
-        rows, _ = rows_where(targets != transform.ignore_index, compaction)
-        mine = targets if rows is None else targets[rows]
-        budget = max_chunk_bytes or default_chunk_bytes(targets.device)
-        logits = Logits(head, rows, row_tiles(mine.numel(), head.vocabulary, head.tile_bytes(), budget))
-        out = torch.empty(mine.numel(), dtype=compute_dtype(head.dtype), device=mine.device)
-        for at, _, tile in logits:
-            out[at] = min_p_rows(tile[None], mine[at], min_p, transform, backend)
-        return scatter_rows(out, rows, targets.numel())
+    parameters = (None if x is None else x.detach() for x in head.parameters)
+    return _linear_min_p_plainly(
+        *parameters, targets, head.lora_scale, head.vocabulary, head.dtype, float(min_p), transform.logit_scale,
+        transform.softcap, transform.ignore_index, max_chunk_bytes or default_chunk_bytes(targets.device), compaction,
+        backend,
+    )  # fmt: skip
 
 
 def linear_min_p_token_logprobs(
@@ -74,9 +99,9 @@ def linear_min_p_token_logprobs(
         head, targets, tuple(hidden.shape[:-1]), 1.0, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
     check_min_p(min_p)
-    check_targets(targets, head.vocabulary, ignore_index, validate)
     transform = Transform.of(1.0, softcap, logit_scale, ignore_index)
+    check_targets(targets, head.vocabulary, ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
-    chosen = EXACT if read_compaction(compaction, hidden.device, backend) == EXACT else EVERY
+    chosen = EXACT if read_compaction(compaction, hidden, backend) == EXACT else EVERY
     out = linear_min_p_unchecked(head, flat, min_p, transform, max_chunk_bytes, chosen, backend)
     return out.view(targets.shape)

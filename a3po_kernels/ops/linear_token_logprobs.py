@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends import check_backend
-from ..core.autograd import refuse_tangents
-from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform, same_shape
+from ..core.autograd import final, refuse_tangents
+from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_temperature, check_tensor, check_transform, same_shape
+from ..core.operators import plainly, plainly_differentiable, runs_plainly, without_autocast
 from ..core.segments import true_first
 from ..core.tiles import column_tiles, default_chunk_bytes
 from ..core.transform import Transform
@@ -86,7 +87,7 @@ def _linear_statistics(
     head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
     rows, overflow = rows_where(targets != ignore_index, forward_rows, rows_given)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         results = head_statistics(head, targets, transform, rows, max_chunk_bytes, backend)
     if overflow is not None:
         results = tuple(result.masked_fill(overflow, torch.nan) for result in results)
@@ -138,7 +139,7 @@ def _linear_gradient(
         )  # fmt: skip
         return tile, None
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         logits = Logits(head, rows, tiles)
         gradients = head_gradients(
             head, logits, to_gradient, tuple(wanted), weight_dtype,
@@ -172,6 +173,9 @@ def _(hidden, weight, bias, lora_a, lora_b, main_grad, *arguments):
     return tuple(out)
 
 
+_gradient_plainly = plainly(_linear_gradient)
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, targets, lora_scale, vocabulary, dtype, weight_dtype, temperature = inputs[:12]
     _, entropy, shift, log_sum = output
@@ -189,16 +193,16 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     if not any(wanted) or (grad_logp is None and grad_entropy is None):
         return (None,) * 5 + nothing
     *saved, temperature = ctx.saved_tensors
-    gradients = _linear_gradient(*saved, grad_logp, grad_entropy, wanted, *ctx.head, temperature, *ctx.rest, ctx.rows)
+    gradients = _gradient_plainly(*saved, grad_logp, grad_entropy, wanted, *ctx.head, temperature, *ctx.rest, ctx.rows)
     skip_weight = saved[5] is not None
     found = (
-        gradient if want and not (skip_weight and i == 1) else None
+        final(gradient, saved[i]) if want and not (skip_weight and i == 1) else None
         for i, (gradient, want) in enumerate(zip(gradients, wanted, strict=True))
     )
     return (*found, *nothing)
 
 
-_linear_statistics.register_autograd(_backward, setup_context=_setup_context)
+_statistics_plainly = plainly_differentiable(_linear_statistics, _setup_context, _backward)
 
 
 def read_head(
@@ -254,7 +258,8 @@ def _read_lora(lora: object, columns: int, width: int, device: torch.device) -> 
 def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, as in F.linear; else the wider of the two."""
     kind = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    available = torch.amp.is_autocast_available(kind)
+    if hidden.dtype != torch.float64 and available and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return torch.promote_types(hidden.dtype, weight.dtype)
 
@@ -286,15 +291,16 @@ def check_head_rows(
         raise ValueError(f"compaction must be 'auto', 'exact', 'none' or a positive number of rows; got {compaction!r}")
 
 
-def read_compaction(compaction: str | int, device: torch.device, backend: str) -> int:
+def read_compaction(compaction: str | int, hidden: Tensor, backend: str) -> int:
     """EXACT, EVERY or a number of rows; where counting takes no synchronisation a number is EXACT.
 
-    "auto" is exact but where nothing may wait: while a CUDA graph is captured, and on a GPU under torch.compile.
+    "auto" is exact but where nothing may wait: on a GPU while a graph is captured, and in what is compiled or traced.
     """
+    device = hidden.device
     if isinstance(compaction, int):
         return compaction if device.type != "cpu" or backend == "triton" else EXACT
     if compaction == "auto" and device.type != "cpu":
-        waits = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        waits = not runs_plainly(hidden) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         return EVERY if waits else EXACT
     return EVERY if compaction == "none" else EXACT
 
@@ -304,7 +310,7 @@ def head_statistics_unchecked(
     forward_rows: int, backward_rows: int, given: tuple[Tensor | None, Tensor | None], backend: str,
 ) -> TokenStats:  # fmt: skip
     """linear_token_logprobs after its checks, flat [N]. given: the rows, forward and backward, where they are GIVEN."""
-    logp, entropy, _, _ = _linear_statistics(
+    logp, entropy, _, _ = _statistics_plainly(
         *head.parameters, main_grad, targets, head.lora_scale, head.vocabulary, head.dtype,
         weight_gradient_dtype(head.weight), *transform, max_chunk_bytes or default_chunk_bytes(targets.device),
         forward_rows, backward_rows, backend, *given,
@@ -367,16 +373,18 @@ def linear_token_logprobs(
     check_head_rows(
         head, targets, tuple(hidden.shape[:-1]), temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
+    transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     check_targets(targets, head.vocabulary, ignore_index, validate)
+    check_temperature(temperature, targets != ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
-    backward_rows = read_compaction(compaction, hidden.device, backend)
+    backward_rows = read_compaction(compaction, hidden, backend)
     forward_rows, rows = (EXACT if backward_rows == EXACT else EVERY), None
     if compaction == "auto" and backward_rows == EXACT and hidden.device.type != "cpu":
         # One wait: the rows of backward are those of forward.
         rows, _ = rows_where(flat != ignore_index, EXACT)
         forward_rows = backward_rows = EVERY if rows is None else GIVEN
     stats = head_statistics_unchecked(
-        head, flat, Transform.of(temperature, softcap, logit_scale, ignore_index), main_grad, max_chunk_bytes,
+        head, flat, transform, main_grad, max_chunk_bytes,
         forward_rows, backward_rows, (rows, rows), backend,
     )  # fmt: skip
     return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))

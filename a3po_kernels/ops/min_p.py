@@ -71,8 +71,8 @@ def min_p_token_logprobs(
     check_rows(logits, targets, 1.0, softcap, logit_scale)
     check_backend(backend, logits.device)
     check_min_p(min_p)
-    check_targets(targets, logits.shape[-1], ignore_index, validate)
     transform = Transform.of(1.0, softcap, logit_scale, ignore_index)
+    check_targets(targets, logits.shape[-1], ignore_index, validate)
     flat = min_p_rows_of(as_rows(logits), targets.reshape(-1).contiguous(), min_p, transform, backend)
     return flat.view(targets.shape)
 

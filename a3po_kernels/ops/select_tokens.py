@@ -94,7 +94,7 @@ def select_tokens(
     check_selection(ratio, side, scope, rounding)
     check_backend(backend, metric.device)
     layout = token_layout("metric", metric, cu_seqlens, validate=validate, one_rollout=True)
-    eligible = layout.flat_mask(mask)
+    eligible = layout.flat_mask(mask, validate)
     if eligible is None:
         eligible = torch.ones(layout.count, dtype=torch.bool, device=metric.device)
     chosen = select_flat(

@@ -19,9 +19,9 @@ def _policy_terms(
     polarity: Tensor, old: Tensor | None, reference: Tensor | None, importance: Tensor | None, proxy: Tensor | None,
     replaced: Tensor | None, selected: Tensor | None, offsets: Tensor, counts: Tensor, scale: Tensor,
     beta_tensor: Tensor | None, beta: float, kind: str, sequence: bool, kl_estimator: str, numbers: list[float],
-    backend: str,
+    has_bonus: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, METRICS [13], [0]) of flat [N] tensors.
+    """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, METRICS, [0]) of flat [N] tensors.
 
     The last is nothing but a tensor that depends on what the loss does, see core.autograd.final.
     """
@@ -32,7 +32,7 @@ def _policy_terms(
     )  # fmt: skip
     logp, entropy = logp.contiguous(), entropy.contiguous()
     d_logp = torch.empty_like(logp)
-    d_entropy = torch.empty(logp.numel() if form.entropy_coef else 0, dtype=logp.dtype, device=logp.device)
+    d_entropy = torch.empty(logp.numel() if has_bonus else 0, dtype=logp.dtype, device=logp.device)
     weight = beta if beta_tensor is None else beta_tensor
     loss, metrics = choose(backend, logp.device).loss_and_coefficients(
         logp, entropy, inputs, form, weight, d_logp, d_entropy
@@ -42,9 +42,7 @@ def _policy_terms(
 
 @_policy_terms.register_fake
 def _(logp, *arguments):
-    numbers = arguments[-2]
-    count = logp.shape[0] if SurrogateForm("", False, "", *numbers).entropy_coef else 0
-    sizes = (count, len(METRICS), 0)
+    sizes = (logp.shape[0] if arguments[-2] else 0, len(METRICS), 0)
     return logp.new_empty(()), torch.empty_like(logp), *(logp.new_empty(size) for size in sizes)
 
 
@@ -64,12 +62,11 @@ def _backward(ctx, grad_loss, *_):
     return final(grad_loss * d_logp, anchor), grad_entropy, *([None] * (ctx.arguments - 2))
 
 
-_policy_terms.register_autograd(_backward, setup_context=_setup_context)
 _terms_plainly = plainly_differentiable(_policy_terms, _setup_context, _backward)
 
 
 class PolicyTerms(NamedTuple):
-    """loss 0-d, differentiable in logp and entropy; d_logp [N], d_entropy [N] or [0]: its derivatives; METRICS [13]."""
+    """loss 0-d, differentiable in logp and entropy; d_logp [N], d_entropy [N] or [0]: its derivatives; METRICS."""
 
     loss: Tensor
     d_logp: Tensor
@@ -84,6 +81,6 @@ def policy_terms(
     tensor = beta if isinstance(beta, Tensor) else None
     *found, _ = _terms_plainly(
         logp, entropy, *inputs, tensor, 1.0 if tensor is not None else float(beta), form.kind, form.sequence,
-        form.kl_estimator, [float(x) for x in form.numbers], backend,
+        form.kl_estimator, [float(x) for x in form.numbers], bool(form.entropy_coef), backend,
     )  # fmt: skip
     return PolicyTerms(*found)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..backends import check_backend, choose
 from ..core.autograd import final, refuse_tangents
-from ..core.checks import as_rows, check_rows, compute_dtype
-from ..core.operators import plainly, plainly_differentiable, runs_plainly
+from ..core.checks import as_rows, check_rows, check_temperature, compute_dtype
+from ..core.operators import plainly, plainly_differentiable, reads_values, traced
 from ..core.transform import Transform
 
 
@@ -106,6 +106,8 @@ def _logits_gradient_(
 
 
 _gradient_plainly = plainly(_logits_gradient)
+# Never plainly: the operator tells autograd that the logits are gone.
+_gradient_in_place = traced(_logits_gradient_)
 
 
 def _setup_context(ctx, inputs, output):
@@ -126,11 +128,10 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     arguments = (targets, shift, log_sum, entropy, grad_logp, grad_entropy, temperature, *ctx.transform)
     if not ctx.inplace:
         return final(_gradient_plainly(logits, *arguments), logits), *nothing
-    _logits_gradient_(logits, *arguments)
+    _gradient_in_place(logits, *arguments)
     return final(logits, logits), *nothing
 
 
-_token_statistics.register_autograd(_backward, setup_context=_setup_context)
 _statistics_plainly = plainly_differentiable(_token_statistics, _setup_context, _backward)
 
 
@@ -176,8 +177,9 @@ def token_logprobs(
     check_backend(backend, logits.device)
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
-    check_targets(targets, logits.shape[-1], ignore_index, validate)
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
+    check_targets(targets, logits.shape[-1], ignore_index, validate)
+    check_temperature(temperature, targets != ignore_index, validate)
     stats = token_statistics(as_rows(logits), targets.reshape(-1).contiguous(), transform, inplace_backward, backend)
     return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))
 
@@ -188,11 +190,6 @@ def token_statistics(
     """token_logprobs after its checks, of logits [batch, rows, V] and flat targets [N]; flat [N]."""
     logp, entropy, _, _ = _statistics_plainly(rows, targets, *transform, inplace_backward, backend)
     return TokenStats(logp, entropy)
-
-
-def reads_values(tensor: Tensor, validate: bool) -> bool:
-    """Whether values may be looked at, which on a GPU waits for the device."""
-    return runs_plainly(tensor) and (tensor.device.type == "cpu" or validate)
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int, validate: bool) -> None:
@@ -207,5 +204,13 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int, validate:
 
 def check_no_overlap(logits: Tensor) -> None:
     """Raises ValueError where an in-place gradient would write one address for two rows."""
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+    reach = 0
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                break
+            reach += stride * (size - 1)
+    else:
+        return
+    if logits.numel():
         raise ValueError(f"inplace_backward needs logits that own every element; got strides {logits.stride()}")

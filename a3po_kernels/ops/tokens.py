@@ -117,7 +117,10 @@ _normalize_plainly = plainly(_normalizer)
 def normalizer(
     counts: Tensor, aggregation: str, denominator: Tensor | float | None, max_length: float, backend: str
 ) -> Tensor:
-    """1 / (what a token's loss is divided by), per rollout [S]; 0 where that is 0. counts: [S], each one's tokens."""
+    """1 / (what a token's loss is divided by), per rollout [S]: 0 where that is 0, NaN where it is no divisor.
+
+    counts: [S], each one's tokens.
+    """
     if denominator is not None:
         total = "given"
     elif aggregation == "token-mean":

@@ -43,18 +43,22 @@ def _surrogate(form, ratio, slope, logp, advantage):
     return -advantage * logp, zero, -advantage, never, never, never
 
 
-def _kl(estimator: str, logp: Tensor, reference: Tensor, ratio: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """(estimate, d estimate / d logp) of KL(policy, reference); slope is d ratio / d logp."""
-    gap = reference - logp
-    if estimator == "k1":
-        return -gap, torch.ones_like(gap)
-    if estimator == "k2":
-        return 0.5 * gap.square(), -gap
+def _kl(
+    form: SurrogateForm, logp: Tensor, reference: Tensor, ratio: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(estimate, d estimate / d logp, clamped) of KL(policy, reference); slope is d ratio / d logp."""
+    whole = reference - logp
+    beyond = whole.abs() > form.kl_clamp
+    gap = whole.clamp(-form.kl_clamp, form.kl_clamp)
+    if form.kl_estimator == "k1":
+        return -gap, torch.where(beyond, 0.0, torch.ones_like(gap)), beyond
+    if form.kl_estimator == "k2":
+        return 0.5 * gap.square(), torch.where(beyond, 0.0, -gap), beyond
     e = _exp(gap)
-    k3 = e - gap - 1.0
-    if estimator == "k3-ratio":
-        return ratio * k3, slope * k3 + ratio * (1.0 - e)
-    return k3, 1.0 - e
+    k3, d_k3 = e - gap - 1.0, torch.where(beyond, 0.0, 1.0 - e)
+    if form.kl_estimator == "k3-ratio":
+        return ratio * k3, slope * k3 + ratio * d_k3, beyond
+    return k3, d_k3, beyond
 
 
 class LossTerms(NamedTuple):
@@ -68,6 +72,7 @@ class LossTerms(NamedTuple):
     clip_low: Tensor
     clip_high: Tensor
     dual: Tensor
+    kl_clamped: Tensor
 
 
 def loss_terms(
@@ -89,20 +94,20 @@ def loss_terms(
         clip_low, clip_high, dual = clip_low & ~replaced, clip_high & ~replaced, dual & ~replaced
     if importance is not None:
         loss, d_ratio, d_logp = loss * importance, d_ratio * importance, d_logp * importance
-    kl = torch.zeros_like(logp)
+    kl, beyond = torch.zeros_like(logp), torch.zeros_like(kept)
     if reference is not None:
-        kl, d_kl = _kl(form.kl_estimator, logp, reference, ratio, slope)
+        kl, d_kl, beyond = _kl(form, logp, reference, ratio, slope)
         if form.kl_coef:
             loss, d_logp = loss + form.kl_coef * kl, d_logp + form.kl_coef * d_kl
     d_ratio, d_logp = torch.where(kept, d_ratio, 0.0), torch.where(kept, d_logp, 0.0)
-    return LossTerms(loss, d_ratio, d_logp, kl, ratio, kept & clip_low, kept & clip_high, kept & dual)
+    return LossTerms(loss, d_ratio, d_logp, kl, ratio, kept & clip_low, kept & clip_high, kept & dual, beyond)
 
 
 def loss_and_coefficients(
     logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, weight: float | Tensor, d_logp: Tensor,
     d_entropy: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss [] and METRICS [13]."""
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss [] and METRICS."""
     dtype, tokens, offsets = logp.dtype, inputs.tokens, inputs.offsets
     rollout = inputs.rollout.long()
 
@@ -138,10 +143,10 @@ def loss_and_coefficients(
     ratio = at(terms.ratio, tokens)
     flags = (
         terms.clip_low, terms.clip_high, terms.dual, picked & positive, picked & negative, positive, negative, active,
-        tokens,
+        tokens, terms.kl_clamped & tokens,
     )  # fmt: skip
     counted = torch.stack(flags).sum(1).to(dtype)
-    low, high, dual, chosen_up, chosen_down, up, down, moving, known = counted.unbind()
+    low, high, dual, chosen_up, chosen_down, up, down, moving, known, beyond = counted.unbind()
     every = inputs.counts.sum()
     per_token = known.clamp(min=1.0)
     means = torch.stack([entropy.sum(), at(terms.kl, tokens).sum(), -gap.sum(), ratio.sum()]) / per_token
@@ -150,5 +155,6 @@ def loss_and_coefficients(
     metrics = torch.stack([
         *means.unbind(), largest, low / per_token, high / per_token, dual / per_token,
         chosen_up / up.clamp(min=1.0), chosen_down / down.clamp(min=1.0), moving / every.clamp(min=1.0), every, beta,
+        beyond / per_token,
     ])  # fmt: skip
     return loss, metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,5 +54,7 @@ def normalizer(counts: Tensor, total: str, per_rollout: bool, divisor: float | T
         whole = torch.full((), counts.numel() * max_length, dtype=counts.dtype, device=counts.device)
     else:
         whole = counts.sum() if total == "tokens" else (counts > 0).sum().to(counts.dtype)
-    scale = torch.where(whole > 0, 1.0 / whole, 0.0).expand(counts.numel())
+    # 1 / inf would be a quiet 0, and so would a divisor below 0.
+    scale = torch.where((whole > 0) & (whole < math.inf), 1.0 / whole, torch.where(whole == 0, 0.0, math.nan))
+    scale = scale.expand(counts.numel())
     return torch.where(counts > 0, scale / counts, 0.0) if per_rollout else scale.contiguous()

@@ -72,6 +72,7 @@ def one_launch_kernel(
     softcap: tl.float64, out_batch_stride: tl.int64, out_row_stride: tl.int64, out_column_stride, blocks: tl.int32,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64, delta: tl.float64, tau_positive: tl.float64,
     tau_negative: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64, beta: tl.float64,
+    kl_clamp: tl.float64,
     KIND: tl.constexpr, ESTIMATOR: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LOADS: tl.constexpr, STORES: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
@@ -107,8 +108,8 @@ def one_launch_kernel(
             kept, logp, advantage, log_ratio, _value(importance_ptr, row, COMPUTE), _value(reference_ptr, row, COMPUTE),
             False, 0.0, tl.full((), low, COMPUTE), tl.full((), high, COMPUTE), tl.full((), dual_clip, COMPUTE),
             tl.full((), delta, COMPUTE), tl.full((), tau_positive, COMPUTE), tl.full((), tau_negative, COMPUTE),
-            tl.full((), kl_coef, COMPUTE), tl.full((), beta, COMPUTE), KIND, ESTIMATOR, importance_ptr is not None,
-            reference_ptr is not None, False,
+            tl.full((), kl_coef, COMPUTE), tl.full((), beta, COMPUTE), tl.full((), kl_clamp, COMPUTE), KIND, ESTIMATOR,
+            importance_ptr is not None, reference_ptr is not None, False,
         )  # fmt: skip
         d_logp = (terms[2] + terms[1]) * divisor
         if HAS_ENTROPY:

@@ -101,29 +101,32 @@ def _replacement(loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage,
 
 
 @triton.jit
-def _kl(logp, reference, ratio, slope, ESTIMATOR: tl.constexpr):
-    """(estimate, d estimate / d logp) of KL(policy, reference); slope is d ratio / d logp."""
-    gap = reference - logp
+def _kl(logp, reference, ratio, slope, kl_clamp, ESTIMATOR: tl.constexpr):
+    """(estimate, d estimate / d logp, clamped) of KL(policy, reference); slope is d ratio / d logp."""
+    whole = reference - logp
+    beyond = tl.abs(whole) > kl_clamp
+    gap = _minimum(_maximum(whole, tl.zeros_like(whole) - kl_clamp), tl.zeros_like(whole) + kl_clamp)
     if ESTIMATOR == "k1":
-        return -gap, tl.zeros_like(gap) + 1.0
+        return -gap, tl.where(beyond, 0.0, tl.zeros_like(gap) + 1.0), beyond
     elif ESTIMATOR == "k2":
-        return 0.5 * gap * gap, -gap
+        return 0.5 * gap * gap, tl.where(beyond, 0.0, -gap), beyond
     else:
         e = _exp(gap)
         k3 = e - gap - 1.0
+        d_k3 = tl.where(beyond, 0.0, 1.0 - e)
         if ESTIMATOR == "k3-ratio":
-            return ratio * k3, slope * k3 + ratio * (1.0 - e)
+            return ratio * k3, slope * k3 + ratio * d_k3, beyond
         else:
-            return k3, 1.0 - e
+            return k3, d_k3, beyond
 
 
 @triton.jit
 def loss_terms(
     kept, logp, advantage, log_ratio, importance, reference, replaced, proxy, low, high, dual_clip, delta, tau_positive,
-    tau_negative, kl_coef, beta, KIND: tl.constexpr, ESTIMATOR: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
+    tau_negative, kl_coef, beta, kl_clamp, KIND: tl.constexpr, ESTIMATOR: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr, HAS_REPLACED: tl.constexpr,
 ):  # fmt: skip
-    """(loss, dloss/dlog ratio, dloss/dlogp past it, kl, ratio, clipped low, high, dual), before scale and entropy."""
+    """Before scale and entropy: (loss, dloss/dlog ratio, dloss/dlogp past it, kl, ratio, low, high, dual, kl's)."""
     ratio = _exp(_minimum(_maximum(log_ratio, -20.0), 20.0))
     slope = tl.where(tl.abs(log_ratio) <= 20.0, ratio, 0.0)
     loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(
@@ -141,14 +144,15 @@ def loss_terms(
         d_ratio *= importance
         d_logp *= importance
     kl = tl.zeros_like(logp)
+    beyond = kept & ~kept
     if HAS_REFERENCE:
-        kl, d_kl = _kl(logp, reference, ratio, slope, ESTIMATOR)
+        kl, d_kl, beyond = _kl(logp, reference, ratio, slope, kl_clamp, ESTIMATOR)
         # Not 0 * inf: without a coefficient the estimate is a metric only.
         loss += tl.where(kl_coef != 0, kl_coef * kl, 0.0)
         d_logp += tl.where(kl_coef != 0, kl_coef * d_kl, 0.0)
     d_ratio = tl.where(kept, d_ratio, 0.0)
     d_logp = tl.where(kept, d_logp, 0.0)
-    return loss, d_ratio, d_logp, kl, ratio, kept & clip_low, kept & clip_high, kept & dual
+    return loss, d_ratio, d_logp, kl, ratio, kept & clip_low, kept & clip_high, kept & dual, beyond
 
 
 @triton.jit
@@ -167,11 +171,12 @@ def policy_terms_kernel(
     d_entropy_ptr, sums_ptr, n_rows: tl.int64,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64, delta: tl.float64, tau_positive: tl.float64,
     tau_negative: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64, beta: tl.float64,
+    kl_clamp: tl.float64,
     KIND: tl.constexpr, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Loss terms, coefficients and sums of BLOCK tokens, or with a rollout-wide ratio (SEQUENCE) of one rollout.
 
-    Grid (programs,); sums [programs, 15]. A rollout-wide ratio takes three passes: the mean log ratio, the ratio's
+    Grid (programs,); sums [programs, 16]. A rollout-wide ratio takes three passes: the mean log ratio, the ratio's
     derivative summed over the tokens, and what is dealt out to each.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -191,6 +196,7 @@ def policy_terms_kernel(
     beta_ = tl.full((), beta, COMPUTE)
     kl_coef_ = tl.full((), kl_coef, COMPUTE)
     entropy_coef_ = tl.full((), entropy_coef, COMPUTE)
+    kl_clamp_ = tl.full((), kl_clamp, COMPUTE)
 
     mean_log_ratio = tl.full((), 0.0, COMPUTE)
     if SEQUENCE:
@@ -221,10 +227,10 @@ def policy_terms_kernel(
             reference = _load(reference_ptr, at, token).to(COMPUTE)
             replaced = _load_flag(replaced_ptr, at, inside) & kept
             proxy = _load(proxy_ptr, at, replaced).to(COMPUTE)
-            loss, d_ratio, d_logp, kl, ratio, clip_low, clip_high, dual = loss_terms(
+            loss, d_ratio, d_logp, kl, ratio, clip_low, clip_high, dual, beyond = loss_terms(
                 kept, logp, advantage, log_ratio, importance, reference, replaced, proxy, low_, high_, dual_, delta_,
-                tau_positive_, tau_negative_, kl_coef_, beta_, KIND, ESTIMATOR, importance_ptr is not None,
-                reference_ptr is not None, replaced_ptr is not None,
+                tau_positive_, tau_negative_, kl_coef_, beta_, kl_clamp_, KIND, ESTIMATOR,
+                importance_ptr is not None, reference_ptr is not None, replaced_ptr is not None,
             )  # fmt: skip
             if SEQUENCE and pass_ == 0:
                 shared += tl.sum(d_ratio, axis=0)
@@ -262,9 +268,10 @@ def policy_terms_kernel(
                 sums += _count(negative, lanes == 11)
                 sums += _count(active, lanes == 12)
                 sums += _count(token, lanes == 13)
+                sums += _count(token & beyond, lanes == 14)
                 largest = _maximum(largest, tl.max(tl.where(token, ratio, 0.0), axis=0))
-    sums = tl.where(lanes == 14, largest, sums)
-    tl.store(sums_ptr + program * 15 + lanes, sums, mask=lanes < 15)
+    sums = tl.where(lanes == 15, largest, sums)
+    tl.store(sums_ptr + program * 16 + lanes, sums)
 
 
 @triton.jit
@@ -277,14 +284,14 @@ def policy_metrics_kernel(
     sums_ptr, counts_ptr, weight_ptr, loss_ptr, out_ptr, n_parts: tl.int32, n_rollouts: tl.int32, weight: tl.float64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts [n_parts, 15] in fp64 to the loss [] and METRICS [13]. Grid (1,)."""
+    """Adds the parts [n_parts, 16] in fp64 to the loss [] and METRICS. Grid (1,)."""
     lanes = tl.arange(0, 16)
     parts = tl.arange(0, BLOCK)
     total = tl.zeros((16,), tl.float64)
     largest = tl.zeros((16,), tl.float64)
     for first in range(0, n_parts, BLOCK):
-        inside = (first + parts < n_parts)[:, None] & (lanes < 15)[None, :]
-        part = tl.load(sums_ptr + (first + parts)[:, None] * 15 + lanes[None, :], mask=inside, other=0.0)
+        inside = (first + parts < n_parts)[:, None]
+        part = tl.load(sums_ptr + (first + parts)[:, None] * 16 + lanes[None, :], mask=inside, other=0.0)
         total += tl.sum(part.to(tl.float64), axis=0)
         largest = _maximum(largest, tl.reduce(part.to(tl.float64), 0, _maximum))
     every = tl.zeros((BLOCK,), tl.float64)
@@ -297,7 +304,7 @@ def policy_metrics_kernel(
     tl.store(out_ptr + 1, _pick(total, lanes, 2) / per_token)
     tl.store(out_ptr + 2, _pick(total, lanes, 3) / per_token)
     tl.store(out_ptr + 3, _pick(total, lanes, 4) / per_token)
-    tl.store(out_ptr + 4, _pick(largest, lanes, 14))
+    tl.store(out_ptr + 4, _pick(largest, lanes, 15))
     tl.store(out_ptr + 5, _pick(total, lanes, 5) / per_token)
     tl.store(out_ptr + 6, _pick(total, lanes, 6) / per_token)
     tl.store(out_ptr + 7, _pick(total, lanes, 7) / per_token)
@@ -309,13 +316,14 @@ def policy_metrics_kernel(
     if weight_ptr is not None:
         beta = tl.load(weight_ptr).to(tl.float64)
     tl.store(out_ptr + 12, beta)
+    tl.store(out_ptr + 13, _pick(total, lanes, 14) / per_token)
 
 
 def loss_and_coefficients(
     logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, weight: float | Tensor, d_logp: Tensor,
     d_entropy: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss [] and METRICS [13]."""
+    """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss [] and METRICS."""
     rows, rollouts = logp.numel(), inputs.offsets.numel() - 1
     loss, out = logp.new_empty(()), logp.new_empty(len(METRICS))
     programs = rollouts if form.sequence else triton.cdiv(rows, _BLOCK)

@@ -93,7 +93,7 @@ def normalizer_kernel(
     counts_ptr, divisor_ptr, out_ptr, n_rollouts: tl.int32, divisor: tl.float64, max_length: tl.float64,
     TOTAL: tl.constexpr, PER_ROLLOUT: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """1 / (what a token's loss is divided by) of each rollout; 0 where that is 0. Grid (1,).
+    """1 / (what a token's loss is divided by) of each rollout; 0 where that is 0, NaN if it is no divisor. Grid (1,).
 
     TOTAL: "given", "tokens", "rollouts" with a token, or "lengths", all rollouts at max_length. PER_ROLLOUT also
     divides by the rollout's own tokens.
@@ -111,7 +111,8 @@ def normalizer_kernel(
             count = tl.load(counts_ptr + first + lanes, mask=first + lanes < n_rollouts, other=0.0)
             sums += count if TOTAL == "tokens" else (count > 0).to(COMPUTE)
         total = tl.sum(sums, axis=0)
-    scale = tl.where(total > 0, 1.0 / total, 0.0)
+    # 1 / inf would be a quiet 0, and so would a divisor below 0.
+    scale = tl.where((total > 0) & (total < float("inf")), 1.0 / total, tl.where(total == 0, 0.0, float("nan")))
     for first in range(0, n_rollouts, BLOCK):
         inside = first + lanes < n_rollouts
         value = tl.zeros((BLOCK,), COMPUTE) + scale
