@@ -201,28 +201,6 @@ def test_opcheck(backend, device):
         torch.library.opcheck(linear._linear_gradient, (*leaves, torch.zeros(9, 4, device=device), *gradient))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("name", ["a3po", "gspo", "lp_reg", "fork_tokens"])
-def test_compile_keeps_one_graph(name, inplace, backend, device):
-    """fullgraph=True: no graph break, and the same loss and gradient."""
-    objective = getattr(a3po_kernels, name)()
-    logits, targets, advantages, old = small(device, torch.float32)
-
-    def step(z, targets, advantages, old):
-        proxy = {"min_p_logprobs": old + 0.5} if name == "lp_reg" else {}
-        return a3po_kernels.policy_loss(
-            z * 1.0, targets, advantages, objective=objective, old_logprobs=old, inplace_backward=inplace,
-            backend=backend, **proxy,
-        ).loss  # fmt: skip
-
-    torch._dynamo.reset()
-    eager = step(logits, targets, advantages, old)
-    (expected,) = torch.autograd.grad(eager, logits)
-    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, targets, advantages, old)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert torch.allclose(loss, eager, atol=1e-6) and torch.allclose(gradient, expected, atol=1e-7)
-
-
 @pytest.mark.cuda
 def test_no_synchronisation_and_graph_capture():
     """The default path reads nothing back, and a captured graph replays with new values."""
