@@ -93,6 +93,26 @@ def test_inplace_backward(route, backend, device):
         a3po_kernels.token_logprobs(shared, targets, backend=backend, inplace_backward=True)
 
 
+@pytest.mark.parametrize("route", ["one-launch", "two-stage"])
+def test_overlapping_logits_are_not_written_over(route, backend, device):
+    """Windows of one buffer share elements: a gradient written in place would be of whichever came last."""
+    buffer = torch.randn(200, device=device)
+    windows = buffer.as_strided((2, 5, 9), (20, 4, 1))
+    expanded = torch.randn(1, 5, 9, device=device).expand(2, 5, 9)
+    apart = buffer.as_strided((2, 5, 9), (1, 2, 10))
+    targets, advantages = torch.zeros(2, 5, dtype=torch.long, device=device), torch.ones(2, device=device)
+    options = {"objective": a3po_kernels.dapo(), "inplace_backward": True, "backend": backend, "route": route}
+    for logits in (windows, expanded):
+        leaf = logits.detach().requires_grad_()
+        with pytest.raises(ValueError, match="own every element"):
+            a3po_kernels.policy_loss(leaf, targets, advantages, **options)
+        with pytest.raises(ValueError, match="own every element"):
+            a3po_kernels.token_logprobs(leaf, targets, inplace_backward=True, backend=backend)
+    leaf = apart.detach().requires_grad_()
+    a3po_kernels.policy_loss(leaf, targets, advantages, **options).loss.backward()
+    assert leaf.grad.any()
+
+
 def test_needs_input_grad_and_no_grad(backend, device):
     logits, targets, advantages, old = small(device)
     assert not loss_of(logits.detach(), targets, advantages, old, backend).requires_grad

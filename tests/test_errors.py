@@ -13,8 +13,10 @@ from a3po_kernels import (
     fork_tokens,
     group_advantages,
     grpo,
+    linear_policy_loss,
     lp_reg,
     min_p_token_logprobs,
+    plan_rows,
     policy_loss,
     sapo,
     select_tokens,
@@ -37,8 +39,15 @@ def packed(cu_seqlens, **keywords):
     return loss(LOGITS.view(6, 5), TARGETS.view(6), cu_seqlens=ends, **keywords)
 
 
+MASK = torch.ones(2, 3)
+
+
+def linear(**keywords):
+    return linear_policy_loss(LOGITS, torch.randn(7, 5), TARGETS, ADVANTAGES, objective=a3po(), **keywords)
+
+
 def test_the_good_input_is_good():
-    assert loss().loss.isfinite() and packed([0, 3, 6]).loss.isfinite()
+    assert loss().loss.isfinite() and packed([0, 3, 6]).loss.isfinite() and linear(mask=MASK).loss.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +72,25 @@ def test_the_good_input_is_good():
         (lambda: loss(ref_logprobs=torch.ones(3, 2)), ValueError, "ref_logprobs"),
         (lambda: loss(importance_weights=torch.ones(5)), ValueError, "importance_weights"),
         (lambda: loss(polarity=torch.ones(5)), ValueError, "polarity"),
+        (lambda: loss(polarity=torch.tensor([True, False])), TypeError, r"polarity.*got torch.bool"),
+        (lambda: loss(polarity=torch.ones(2, 3, dtype=torch.bool)), TypeError, r"polarity.*got torch.bool"),
+        (lambda: loss(mask=torch.full((2, 3), 0.5)), ValueError, "mask must be bool or hold 0 and 1; got 0.5"),
+        (lambda: loss(mask=torch.full((2, 3), float("nan"))), ValueError, "mask must be.*got nan"),
+        (lambda: loss(mask=torch.tensor([[0.0, float("-inf"), 0.0]] * 2)), ValueError, "mask must be.*got -inf"),
+        (lambda: loss(mask=torch.full((2, 3), 2)), ValueError, "mask must be.*got 2"),
+        (lambda: loss(ignore_index=None), TypeError, "ignore_index must be an integer; got NoneType"),
+        (lambda: loss(ignore_index=-100.0), TypeError, "ignore_index must be an integer; got float"),
+        (lambda: token_logprobs(LOGITS, TARGETS, ignore_index=None), TypeError, "ignore_index"),
+        (lambda: min_p_token_logprobs(LOGITS, TARGETS, ignore_index=None), TypeError, "ignore_index"),
+        (lambda: token_logprobs(LOGITS, TARGETS, temperature=torch.zeros(2, 3)), ValueError, "temperature"),
+        (lambda: plan_rows(torch.full((2, 3), 0.5), ADVANTAGES, objective=a3po()), ValueError, "mask"),
+        (lambda: plan_rows(MASK, ADVANTAGES, objective=a3po(), polarity=ADVANTAGES > 0), TypeError, "polarity"),
+        (lambda: select_tokens(ADVANTAGES, torch.tensor([0.5, 1.0]), ratio=0.5, side="low"), ValueError, "mask"),
+        (lambda: linear(ignore_index=None), TypeError, "ignore_index"),
+        (lambda: linear(mask=torch.full((2, 3), 0.5)), ValueError, "mask"),
+        (lambda: linear(polarity=torch.tensor([True, False])), TypeError, "polarity"),
+        (lambda: linear(temperature=torch.zeros(2, 3)), ValueError, "temperature"),
+        (lambda: linear(denominator=torch.tensor(float("nan"))), ValueError, "denominator.*got nan"),
         (lambda: loss(temperature=0.0), ValueError, "temperature"),
         (lambda: loss(temperature=-1), ValueError, "temperature"),
         (lambda: loss(temperature=float("nan")), ValueError, "temperature"),
@@ -70,6 +98,8 @@ def test_the_good_input_is_good():
         (lambda: loss(temperature=torch.ones(2)), ValueError, r"temperature.*\[2, 3\]"),
         (lambda: loss(temperature=torch.zeros(2, 3)), ValueError, "temperature"),
         (lambda: loss(temperature=torch.ones(2, 3, requires_grad=True)), ValueError, "temperature"),
+        (lambda: loss(temperature=torch.full((2, 3), float("nan"))), ValueError, "temperature.*got nan"),
+        (lambda: loss(temperature=torch.tensor(0.0)), ValueError, "temperature.*got 0"),
         (lambda: loss(softcap=0.0), ValueError, "softcap"),
         (lambda: loss(softcap=-5.0), ValueError, "softcap"),
         (lambda: loss(logit_scale=0), ValueError, "logit_scale"),
@@ -79,6 +109,9 @@ def test_the_good_input_is_good():
         (lambda: loss(step="1"), TypeError, "step"),
         (lambda: loss(denominator=-1), ValueError, "denominator"),
         (lambda: loss(denominator=torch.ones(1)), ValueError, "denominator"),
+        (lambda: loss(denominator=torch.tensor(-1.0)), ValueError, "denominator must be finite and at least 0; got -1"),
+        (lambda: loss(denominator=torch.tensor(float("nan"))), ValueError, "denominator.*got nan"),
+        (lambda: loss(denominator=torch.tensor(float("inf"))), ValueError, "denominator.*got inf"),
         (lambda: loss(max_length=0), ValueError, "max_length"),
         (lambda: loss(objective=dapo(kl_coef=0.1)), ValueError, "ref_logprobs"),
         (lambda: loss(objective=lp_reg(), old_logprobs=torch.zeros(2, 3)), ValueError, "min_p_logprobs"),
@@ -127,6 +160,9 @@ def test_bad_inputs(call, error, words):
         (lambda: grpo(kl_estimator="k4"), ValueError),
         (lambda: grpo(kl_estimator="k3-ratio", ratio_level="sequence"), ValueError),
         (lambda: grpo(aggregation="mean"), ValueError),
+        (lambda: grpo(kl_clamp=0.0), ValueError),
+        (lambda: grpo(kl_clamp=float("inf")), ValueError),
+        (lambda: grpo(kl_clamp="20"), TypeError),
         (lambda: grpo(entropy_coef="1"), TypeError),
         (lambda: grpo(rho=2.0), TypeError),
         (lambda: a3po(rho=-1.0), ValueError),

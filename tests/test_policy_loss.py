@@ -8,6 +8,7 @@ from batches import DTYPES, INTERPRETED, PRESETS, keywords_for, largest_error, p
 
 import a3po_kernels
 import reference
+from a3po_kernels.ops.tokens import normalizer
 
 # fp64: both compute in fp64, only the order of sums differs. Otherwise statistics are fp32 from the given logits; the
 # reference gets the same logits in fp64. log-probs of about 5 nats carry a rounding of 3e-7, and sums of 40 such terms
@@ -74,6 +75,7 @@ def test_aggregations(name, aggregation, denominator, backend, device):
         ("dapo", {"epsilon_low": 0.05, "epsilon_high": 0.02, "kl_coef": 0.1, "kl_estimator": "k1"}),
         ("dapo", {"kl_coef": 0.1, "kl_estimator": "k2"}),
         ("dapo", {"kl_coef": 0.1, "kl_estimator": "k3-ratio"}),
+        *(("grpo", {"kl_coef": 0.1, "kl_estimator": x, "kl_clamp": 0.15}) for x in ("k1", "k2", "k3", "k3-ratio")),
         ("gspo", {"epsilon_low": 0.01, "epsilon_high": 0.01, "entropy_coef": -0.1}),
         ("cispo", {"epsilon_high": 1.05, "epsilon_low": 0.02}),
         ("sapo", {"tau_positive": 3.0, "tau_negative": 5.0}),
@@ -104,6 +106,60 @@ def test_extreme_ratios(name, backend, device):
     overrides = {"quantile": 1.0} if name == "lp_reg" else {}
     _, gradient = compare(name, batch, torch.float64, backend, overrides)
     assert gradient.isfinite().all()
+
+
+def test_k3_overflows_and_a_clamp_holds_it(backend, device):
+    """Of log ratios of 100 to the reference fp32 makes an infinite k3; kl_clamp bounds it, and counts the tokens."""
+    batch = random_batch(5, dtype=torch.float32, device=device)
+    batch.keywords["ref_logprobs"] = batch.keywords["old_logprobs"].float()
+    batch.keywords["ref_logprobs"][0, ::2] += 100.0
+    keywords = {"old_logprobs": None, "min_p_logprobs": None, "backend": backend}
+    free, _ = run(a3po_kernels, batch, a3po_kernels.grpo(kl_coef=0.1), **keywords)
+    assert free.loss.isinf() and free.metrics["kl_clamped_fraction"] == 0
+    ours, theirs = preset("grpo", kl_coef=1e-6, kl_clamp=20.0)
+    held, gradient = run(a3po_kernels, batch, ours, **keywords)
+    del keywords["backend"]
+    expected, truth = run(reference, batch, theirs, double=True, **keywords)
+    assert 0 < expected.metrics["kl_clamped_fraction"] < 1
+    for name in ("kl", "kl_clamped_fraction"):
+        torch.testing.assert_close(held.metrics[name].cpu().double(), expected.metrics[name], rtol=1e-6, atol=0)
+    torch.testing.assert_close(held.loss.cpu().double(), expected.loss, rtol=1e-5, atol=1e-6)
+    assert largest_error(gradient, truth) < 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3.0, 0.0])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_divisors_that_are_none(aggregation, value, backend, device):
+    """Where values are not read a divisor that cannot be gives NaN, never a quiet 0; 0 itself is empty and gives 0."""
+    counts = torch.tensor([3.0, 0.0, 2.0], device=device)
+    scale = normalizer(counts, aggregation, torch.tensor(value, device=device), 0.0, backend)
+    has_tokens = scale[counts > 0]
+    assert not has_tokens.any() if value == 0.0 else has_tokens.isnan().all()
+
+
+@pytest.mark.parametrize("entry", ["logits", "linear"])
+def test_temperature_of_rows_that_are_no_token(entry, backend, device):
+    """What a row without a token holds never matters, its temperature included."""
+    batch = random_batch(8, dtype=torch.float64, device=device)
+    tokens = batch.keywords["mask"] & (batch.targets != -100)
+    keywords = {"old_logprobs": batch.keywords["old_logprobs"], "mask": batch.keywords["mask"]}
+
+    def gradient(other):
+        temperature = torch.full(tokens.shape, 0.8, dtype=torch.float64, device=device).masked_fill(~tokens, other)
+        z = batch.logits.clone().requires_grad_()
+        options = {"objective": a3po_kernels.dapo(entropy_coef=0.1), "temperature": temperature, "backend": backend}
+        if entry == "logits":
+            out = a3po_kernels.policy_loss(z, batch.targets, batch.advantages, **options, **keywords)
+        else:
+            weight = torch.eye(z.shape[-1], dtype=z.dtype, device=device)
+            out = a3po_kernels.linear_policy_loss(z, weight, batch.targets, batch.advantages, **options, **keywords)
+        out.loss.backward()
+        return out.loss.detach(), z.grad
+
+    expected = gradient(0.8)
+    for other in (0.0, float("nan"), -1.0):
+        for found, truth in zip(gradient(other), expected, strict=True):
+            assert torch.equal(found, truth)
 
 
 @pytest.mark.parametrize("quantile, replaced", [(0.19, 0), (0.2, 2), (0.1, 0)])

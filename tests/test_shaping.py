@@ -29,6 +29,26 @@ def test_schedules(name, arguments, step):
     assert math.isclose(float(ours(torch.tensor(step, dtype=torch.float64))), float(theirs(step)), rel_tol=1e-12)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.float32])
+def test_beta_of_a_tensor_step(kind, default):
+    """Whatever PyTorch's default dtype, beta is that of the number; fp64 logits get it in fp64."""
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        step = torch.tensor(123, dtype=kind)
+        for schedule in (a3po_kernels.LinearDecay(), a3po_kernels.ExponentialDecay(), a3po_kernels.CosineDecay()):
+            assert float(schedule(step)) == pytest.approx(float(schedule(123)), rel=1e-15)
+        logits = torch.randn(1, 5, 9, dtype=torch.float64)
+        out = a3po_kernels.policy_loss(
+            logits, torch.zeros(1, 5, dtype=torch.long), torch.ones(1, dtype=torch.float64),
+            objective=a3po_kernels.a3po(), step=step,
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(old)
+    assert out.weights.max().item() == out.metrics["weight"].item() == pytest.approx(2.0 - 0.005 * 123, rel=1e-15)
+
+
 def test_any_callable_is_a_schedule():
     objective = a3po_kernels.a3po(schedule=lambda step: 1.0 + 1.0 / (1 + step))
     logits, targets = torch.randn(1, 5, 9), torch.zeros(1, 5, dtype=torch.long)
