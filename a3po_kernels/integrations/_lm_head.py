@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from ._head_check import check_product, check_transform, probe
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -34,16 +38,26 @@ def head_module(model: nn.Module) -> nn.Module:
 
 
 def _logit_scale(config: Any) -> float:
-    """What the model multiplies its raw logits by, from the fields that transformers' families spell it in."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
+    """What the model multiplies its head's output by, from the fields that transformers' families spell it in."""
+    kind = getattr(config, "model_type", None)
+    # MPT never reads it, and MiniCPM3's divides the hidden states before they enter the head.
+    if kind in ("mpt", "minicpm3"):
         return 1.0
-    # Granite divides by it, HyperCLOVA X multiplies.
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"the config's {name} must be a number; got {value!r}")
+        # Granite divides by logits_scaling, HyperCLOVA X multiplies.
+        divides = name == "logits_scaling" and kind != "hyperclovax"
+        return 1.0 / float(value) if divides else float(value)
+    return 1.0
+
+
+def _softcap(config: Any) -> float | None:
+    values = (getattr(config, name, None) for name in SOFTCAPS)
+    return next((float(value) for value in values if value is not None), None)
 
 
 def head_keywords(model: nn.Module) -> dict[str, Any]:
@@ -55,17 +69,20 @@ def head_keywords(model: nn.Module) -> dict[str, Any]:
     """
     layer, lora = _without_adapter(head_module(model))
     config = unwrap(model).config.get_text_config()
-    transform = {
-        "softcap": getattr(config, "final_logit_softcapping", None),
-        "logit_scale": _logit_scale(config),
-    }
+    transform = {"softcap": _softcap(config), "logit_scale": _logit_scale(config)}
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"the head must be a linear layer; got {type(layer).__name__}")
-    weight, bias = layer.weight, layer.bias
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
     if not weight.dtype.is_floating_point or type(layer).__module__.startswith("bitsandbytes"):
         raise ValueError(
             f"the head's weight is quantised ({type(layer).__name__}, {weight.dtype}): keep it in floating point"
         )
+    # Inkling cuts its logits where the weight was padded.
+    kept = getattr(config, "unpadded_vocab_size", None)
+    if kept is not None and kept < weight.shape[0]:
+        weight, bias = weight[:kept], None if bias is None else bias[:kept]
+        lora = None if lora is None else (lora[0], lora[1][:kept], lora[2])
     return {"weight": weight, "bias": bias, "lora": lora, **transform}
 
 
@@ -116,38 +133,125 @@ def _with_tensors(result: Any, tensors: list[Tensor]) -> Any:
     return type(result)(*fields) if hasattr(result, "_fields") else tuple(fields)
 
 
-class _Switch:
-    """The forward of a head module: its own, until a computation is put in its place."""
+class _Probe(torch.autograd.Function):
+    """The probe in the logits' place: in the graph, so that wrappers find every parameter from the model's output, and
+    without a gradient."""
 
-    def __init__(self, module: nn.Module):
-        self.own = module.forward
+    @staticmethod
+    def forward(ctx, output: Tensor, vocabulary: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return probe(vocabulary, output.device).clone()  # no view: a model may write into its logits
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None) -> tuple[None, None]:
+        return None, None
+
+
+class _Through(torch.autograd.Function):
+    """Values whose backward also enters that of `output`, with no gradient: DistributedDataParallel's static graph and
+    FSDP2's root start there what they do in backward."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads
+
+
+class _Switch:
+    """What swap_head puts in a head module's place, one object a module: a compiled model knows it again."""
+
+    def __init__(self) -> None:
+        self.own: Callable[..., Any] | None = None
         self.compute: Callable[[Tensor], Any] | None = None
         self.results: list[Any] = []
+        self.vocabulary = 0
+        self.output: Tensor | None = None  # what forward gave, before the module's hooks
+        self.watch = False  # whether hooks that change it are looked for, which waits
+        self.checked: set[tuple] = set()
 
     # Outside the graph of a compiled model: the loop over chunks and the choice of a route are made per call.
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.compute is None:
-            return self.own(hidden, *args, **kwargs)
+        assert self.compute is not None, "outside swap_head the head has its own forward"
+        if args or kwargs:
+            names = ", ".join(kwargs) or f"{len(args)} more"
+            raise ValueError(f"the head takes hidden states alone; its model, or an adapter's hook, also gave {names}")
         result = self.compute(hidden)
         self.results.append(result)
-        # In the logits' place goes what a gradient may come back through.
+        # The module's output is what a gradient may come back through.
         parts = [value.reshape(-1) for value in _differentiable(result)]
-        return torch.cat(parts).view(1, 1, -1) if parts else hidden.new_zeros(1, 1, 1)
+        output = torch.cat(parts).view(1, 1, -1) if parts else hidden.new_ones(1, 1, 1)
+        self.output = output.detach()
+        return output
 
     @torch.compiler.disable
-    def after_hooks(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def after_hooks(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Takes the last result's tensors from the module's output, on which wrappers have put their hooks (FSDP2's
-        gathers the weight again before backward)."""
-        if self.compute is None:
-            return
+        gathers the weight again before backward), and gives the model the probe."""
+        assert self.output is not None, "outside swap_head the head has no hook of ours"
+        if output.dtype != self.output.dtype:
+            raise ValueError(
+                f"a forward hook of the head casts its output to {output.dtype}, which rounds log-probs so: have none "
+                "(in FSDP2, no output_dtype for the head's own group)"
+            )
+        if self.watch and not torch.equal(output, self.output):
+            raise ValueError("a forward hook of the head changes its output, which is not supported")
         tensors = _differentiable(self.results[-1])
         pieces = output.view(-1).split([value.numel() for value in tensors]) if tensors else ()
         views = [piece.view(value.shape) for piece, value in zip(pieces, tensors, strict=True)]
         self.results[-1] = _with_tensors(self.results[-1], views)
+        return _Probe.apply(output, self.vocabulary)
 
 
 _switches: WeakKeyDictionary[nn.Module, _Switch] = WeakKeyDictionary()
+
+
+def _check_weight(weight: Tensor, hidden: Tensor) -> None:
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"the head's weight is a DTensor ({weight.placements}) inside its own forward: a head that is split "  # type: ignore[attr-defined]
+            "over the vocabulary needs a vocabulary-parallel loss, which does not exist yet"
+        )
+    if weight.shape[-1] != hidden.shape[-1]:
+        raise ValueError(
+            f"the head's weight has shape {list(weight.shape)} inside its own forward, for hidden states of width "
+            f"{hidden.shape[-1]}: it is sharded in a way that is not supported (FSDP2 is)"
+        )
+
+
+@contextmanager
+def _swapped(model: nn.Module, compute: Callable[[Tensor, dict[str, Any], _Switch], Any]) -> Iterator[_Switch]:
+    module = head_module(model)
+    head_keywords(model)  # what is not supported is refused before anything runs
+    switch = _switches.setdefault(module, _Switch())
+    if switch.compute is not None:
+        raise RuntimeError("swap_head is already active on this model")
+
+    def run(hidden: Tensor) -> Any:
+        head = head_keywords(model)  # inside the module's own hooks, which may have gathered or replaced its weight
+        _check_weight(head["weight"], hidden)
+        switch.vocabulary = _without_adapter(module)[0].weight.shape[0]  # type: ignore[assignment, index]
+        return compute(hidden.to(head["weight"].device), head, switch)
+
+    had, own = "forward" in module.__dict__, module.forward
+    switch.own, switch.compute, switch.results = own, run, []
+    module.forward = switch
+    handle = module.register_forward_hook(switch.after_hooks)
+    try:
+        yield switch
+    finally:
+        # Nothing is kept that holds the module: it is the weak key.
+        switch.own = switch.compute = switch.output = None
+        switch.watch = False
+        handle.remove()
+        if had:
+            module.forward = own
+        else:
+            del module.forward
 
 
 @contextmanager
@@ -161,6 +265,10 @@ def swap_head(model: nn.Module, compute: Callable[..., Any]) -> Iterator[list[An
             model(input_ids=input_ids)
         logprobs, entropy = results[0]
 
+    That the keywords describe the head is not checked here (check_head does so): `compute` may use others. Nor do the
+    results hang on the model's output, as DistributedDataParallel(static_graph=True) needs; those of
+    policy_loss_from_model and token_logprobs_from_model do.
+
     Args:
         model: a transformers causal LM, also inside PEFT, DistributedDataParallel, FSDP2 or torch.compile.
         compute: takes the hidden states [B, T, H] that would enter the head and the keywords weight [V, H], bias, lora,
@@ -169,39 +277,47 @@ def swap_head(model: nn.Module, compute: Callable[..., Any]) -> Iterator[list[An
     Raises:
         TypeError, ValueError: for a head that cannot be read: quantised, a DTensor, an adapter other than LoRA.
     """
-    module = head_module(model)
-    head_keywords(model)  # what is not supported is refused before anything runs
-    switch = _switches.get(module)
-    if switch is None:
-        switch = _switches[module] = _Switch(module)
-    if switch.compute is not None:
-        raise RuntimeError("swap_head is already active on this model")
-
-    def run(hidden: Tensor) -> Any:
-        head = head_keywords(model)  # inside the module's own hooks, which may have gathered or replaced its weight
-        weight = head["weight"]
-        if hasattr(weight, "full_tensor"):
-            raise ValueError(
-                f"the head's weight is a DTensor ({weight.placements}) inside its own forward: a head that is split "
-                "over the vocabulary needs a vocabulary-parallel loss, which does not exist yet"
-            )
-        if weight.shape[-1] != hidden.shape[-1]:
-            raise ValueError(
-                f"the head's weight has shape {list(weight.shape)} inside its own forward, for hidden states of width "
-                f"{hidden.shape[-1]}: it is sharded in a way that is not supported (FSDP2 is)"
-            )
-        return compute(hidden.to(weight.device), **head)
-
-    had, own = "forward" in module.__dict__, module.forward
-    switch.own, switch.compute, switch.results = own, run, []
-    module.forward = switch
-    handle = module.register_forward_hook(switch.after_hooks)
-    try:
+    with _swapped(model, lambda hidden, head, switch: compute(hidden, **head)) as switch:
         yield switch.results
-    finally:
-        switch.compute = None
-        handle.remove()
-        if had:
-            module.forward = own
-        else:
-            del module.forward
+
+
+def _logits(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
+
+
+def run_head(
+    model: nn.Module, compute: Callable[..., Any], inputs: Mapping[str, Any], *, again: bool = False
+) -> tuple[Any, Any]:
+    """(what compute(hidden, **head) gives in the head's place in model(**inputs), the model's output).
+
+    The head's first use, or every use where `again`, is checked in the same forward: once for a head, a model class and
+    values of its transform.
+    """
+    inner = unwrap(model)
+    name = type(inner).__name__
+    used: list[tuple[dict[str, Any], tuple]] = []
+
+    def checked(hidden: Tensor, head: dict[str, Any], switch: _Switch) -> Any:
+        layer = _without_adapter(head_module(model))[0]
+        kept, plain = head["weight"].shape[0], head["lora"] is None
+        key = (type(inner), type(layer), head["softcap"], head["logit_scale"], kept, plain)
+        if again or key not in switch.checked:
+            check_product(switch.own, hidden, head, name)  # type: ignore[arg-type]
+            switch.watch = True
+            used.append((head, key))
+        return compute(hidden, **head)
+
+    with _swapped(model, checked) as switch:
+        output = model(**inputs)
+    if len(switch.results) != 1:
+        raise ValueError(f"{name} called its head {len(switch.results)} times in one forward; once is supported")
+    logits = _logits(output)
+    for head, key in used:
+        check_transform(logits, head, switch.vocabulary, name)
+        switch.checked.add(key)
+    tensors = _differentiable(switch.results[0])
+    if not tensors:
+        return switch.results[0], output
+    if not (isinstance(logits, Tensor) and logits.requires_grad):
+        raise ValueError(f"the logits that {name} gives carry no gradient, which its wrappers may wait for")
+    return _with_tensors(switch.results[0], list(_Through.apply(logits, *tensors))), output

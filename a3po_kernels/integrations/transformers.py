@@ -16,7 +16,7 @@ from ..objectives import Objective
 from ..ops.linear_min_p import linear_min_p_token_logprobs
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ..ops.token_logprobs import TokenStats
-from ._lm_head import head_keywords, head_module, swap_head, unwrap
+from ._lm_head import head_keywords, run_head, swap_head, unwrap
 
 __all__ = [
     "check_head",
@@ -63,21 +63,17 @@ def _run(model: nn.Module, batch: Mapping[str, Any], length: int, compute) -> tu
     if "logits_to_keep" in signature:
         inputs.setdefault("logits_to_keep", length + 1)
     inputs.setdefault("use_cache", False)
-    columns = batch["input_ids"].shape[1]
+    rollouts, columns = batch["input_ids"].shape
 
     def on_completions(hidden: Tensor, **head):
-        if hidden.shape[1] not in (length + 1, columns):
+        if hidden.ndim != 3 or hidden.shape[0] != rollouts or hidden.shape[1] not in (length + 1, columns):
             raise ValueError(
-                f"the head got {hidden.shape[1]} positions for {columns} tokens: prompt-learning adapters and models "
-                "that change the length are not supported"
+                f"the head got hidden states of shape {list(hidden.shape)} for {rollouts} x {columns} tokens: "
+                "prompt-learning adapters and models that change the length are not supported"
             )
         return compute(hidden[:, -length - 1 : -1], **head)
 
-    with swap_head(model, on_completions) as results:
-        output = model(**inputs)
-    if len(results) != 1:
-        raise RuntimeError(f"the model called its head {len(results)} times in one forward; once is supported")
-    return results[0], output
+    return run_head(model, on_completions, inputs)
 
 
 def plan_rows_from_batch(
@@ -119,7 +115,8 @@ def policy_loss_from_model(
     """linear_policy_loss of a causal LM's responses: one forward of the model, and no logits.
 
     The head's weight, bias, LoRA adapter, softcap and logit scale are the model's own. The model may be tied, have PEFT
-    adapters, checkpoint its gradients, and be wrapped in DistributedDataParallel, FSDP2 or torch.compile.
+    adapters, checkpoint its gradients, and be wrapped in DistributedDataParallel, FSDP2 or torch.compile. That its
+    logits are what was read is checked in the first forward, here and in the functions below, which waits for a GPU.
 
     Args:
         model: a transformers causal LM.
@@ -138,7 +135,8 @@ def policy_loss_from_model(
         PolicyLossOutput; logprobs, entropy and weights are [B, T]. metrics["aux_loss"] is there if it was added.
 
     Raises:
-        TypeError, ValueError: for a head that cannot be read (see swap_head), and as linear_policy_loss does.
+        TypeError, ValueError: for a head that cannot be read (see swap_head), for a model that does something else to
+            its logits, and as linear_policy_loss does.
     """
     targets, mask = _completions(batch)
     given = {name: batch[name] for name in PER_TOKEN if batch.get(name) is not None}
@@ -190,36 +188,18 @@ def min_p_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], min_p:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Raises ValueError unless the head as it is read from the config gives the model's own logits, on a few tokens.
+    """Raises ValueError unless the head as it is read from the config gives the model's own logits.
 
-    A model may transform its logits by a rule that its config spells in a way this package does not know. Runs the
-    model's forward in the mode it is in; call it before the model is wrapped.
+    A model may transform its logits by a rule that its config spells in a way this package does not know. The functions
+    above check a head when they first meet it; this does so at once, by a forward of a few tokens without dropout. Call
+    it before the model is wrapped.
     """
-    head = head_keywords(model)
-    # Several tokens: the embedding of a padding token may be zero, and so its logits under any rule.
-    ids = torch.arange(8, device=head["weight"].device).unsqueeze(0) % head["weight"].shape[0]
-    entering: list[Tensor] = []
-    handle = head_module(model).register_forward_pre_hook(lambda module, args: entering.append(args[0]))
-    training = model.training
+    weight = head_keywords(model)["weight"]
+    ids = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        logits = model.eval()(input_ids=ids, use_cache=False).logits.double()
+        run_head(model, lambda hidden, **head: None, {"input_ids": ids, "use_cache": False}, again=True)
     finally:
-        model.train(training)
-        handle.remove()
-    hidden, weight = entering[0].double(), head["weight"].double()
-    raw = hidden @ weight.t()
-    if head["lora"] is not None:
-        a, b, scale = head["lora"]
-        raw = raw + scale * (hidden @ a.double().t()) @ b.double().t()
-    raw = head["logit_scale"] * (raw if head["bias"] is None else raw + head["bias"].double())
-    ours = raw if head["softcap"] is None else head["softcap"] * torch.tanh(raw / head["softcap"])
-    # Products of H terms are rounded to the model's dtype, hidden states under autocast to bf16.
-    coarse = max(torch.finfo(dtype).eps for dtype in (head["weight"].dtype, entering[0].dtype, torch.float32))
-    size = (hidden.abs() @ weight.abs().t()).max() * abs(head["logit_scale"])
-    error = (logits - ours).abs().max()
-    if not error <= 4 * coarse * size:
-        raise ValueError(
-            f"the logits of {type(unwrap(model)).__name__} differ by {error.item():.3g} from its head's product with "
-            f"softcap = {head['softcap']} and logit_scale = {head['logit_scale']}, which its config gives: the model "
-            "transforms its logits in a way that is not supported"
-        )
+        for module in training:
+            module.training = True

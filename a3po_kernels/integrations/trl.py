@@ -79,7 +79,7 @@ class A3POTrainer(GRPOTrainer):
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             raise ValueError("FSDP1 is not supported by A3POTrainer: set fsdp_version to 2")
         self.policy_objective = args.build_objective()
-        if not self.is_fsdp_enabled:
+        if not self.is_fsdp_enabled:  # which shards the head: there its first use checks it
             check_head(self.model)
 
     # -- statistics of the old and the reference policy ---------------------------------------------------------------

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.trl
 
 RANKS = 2
 # How the model is wrapped, and which model: an untied head that FSDP2 shards by itself, a tied one in the root's group.
-WRAPPED = {"ddp": "llama", "ddp-unused": "moe", "fsdp2-root": "tied", "fsdp2-head": "llama", "fsdp2-recompute": "bias"}
+WRAPPED = {
+    "ddp": "llama", "ddp-unused": "moe", "fsdp2-root": "tied", "fsdp2-head": "llama", "fsdp2-recompute": "bias",
+    "fsdp2-root-recompute": "softcap",
+}  # fmt: skip
 OBJECTIVE = ak.a3po(entropy_coef=0.01)
 
 
@@ -31,9 +34,10 @@ def wrap(name, model):
         return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=name == "ddp-unused")
     for layer in model.model.layers:
         fully_shard(layer)
-    if name != "fsdp2-root":
+    if not name.startswith("fsdp2-root"):
         fully_shard(model.lm_head)
-    return fully_shard(model)
+    # Told to, the root too drops its weights after forward, and gathers them for backward where that enters its output.
+    return fully_shard(model, reshard_after_forward=True if name == "fsdp2-root-recompute" else None)
 
 
 def join(rank: int, folder: str) -> None:
@@ -49,7 +53,7 @@ def worker(rank: int, folder: str, name: str) -> None:
     batch = tiny.batch(rollouts=4)
     mine = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
     tokens = batch["completion_mask"].sum() / RANKS  # the wrappers average over ranks
-    options = {"route": "recompute"} if name == "fsdp2-recompute" else {}
+    options = {"route": "recompute"} if name.endswith("recompute") else {}
     for _ in range(2):
         out = policy_loss_from_model(model, mine, OBJECTIVE, denominator=tokens, **options)
         out.loss.backward()
@@ -80,24 +84,41 @@ def test_two_ranks_are_one_batch(name, tmp_path):
             assert (gradient - reference).abs().max() <= 2e-5 * reference.abs().max() + 1e-8, key
 
 
-def refused(rank: int, folder: str) -> None:
+def split_over_the_vocabulary():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    torch.set_num_threads(1)
-    join(rank, folder)
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
     model = tiny.build()
     model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
-    try:
-        policy_loss_from_model(model, tiny.batch(), OBJECTIVE)
-        message = "nothing was raised"
-    except ValueError as error:
-        message = str(error)
-    torch.save(message, f"{folder}/{rank}.pt")
+    return model
+
+
+def sharded_and_scaled():
+    model = tiny.build("multiplied")
+    model.logit_scale = 3.0  # the config says .25
+    return wrap("fsdp2-root", model)
+
+
+REFUSED = {split_over_the_vocabulary: "vocabulary-parallel", sharded_and_scaled: "logit_scale = 0.25"}
+
+
+def refused(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    join(rank, folder)
+    messages = {}
+    for build in REFUSED:
+        with pytest.raises(ValueError) as error:
+            policy_loss_from_model(build(), tiny.batch(seed=rank), OBJECTIVE)
+        messages[build.__name__] = str(error.value)
+    torch.save(messages, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_a_head_split_over_the_vocabulary_is_refused(tmp_path):
+def test_heads_that_are_refused(tmp_path):
+    """On every rank at once, so that none waits for another."""
     mp.spawn(refused, args=(str(tmp_path),), nprocs=RANKS)
-    assert "vocabulary-parallel" in torch.load(tmp_path / "0.pt")
+    for rank in range(RANKS):
+        messages = torch.load(tmp_path / f"{rank}.pt")
+        for build, message in REFUSED.items():
+            assert message in messages[build.__name__]
