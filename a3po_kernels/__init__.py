@@ -6,15 +6,7 @@ from .losses.logits import PolicyLoss, policy_loss
 from .losses.logprobs import logprob_policy_loss
 from .losses.rows import RowPlan, plan_rows
 from .losses.stages import PolicyLossOutput
-from .objectives import (
-    Cispo,
-    Clip,
-    MinPRegularizer,
-    Objective,
-    PolarityWeights,
-    Reinforce,
-    Sapo,
-    TokenRule,
+from .named_objectives import (
     a3po,
     cispo,
     dapo,
@@ -24,9 +16,21 @@ from .objectives import (
     gspo,
     lp_reg,
     nsr,
+    presets,
     psr,
     sapo,
     w_reinforce,
+)
+from .objectives import (
+    Cispo,
+    Clip,
+    CustomSurrogate,
+    MinPRegularizer,
+    Objective,
+    PolarityWeights,
+    Reinforce,
+    Sapo,
+    TokenRule,
 )
 from .ops.linear_min_p import linear_min_p_token_logprobs
 from .ops.linear_token_logprobs import linear_token_logprobs
@@ -43,6 +47,7 @@ __all__ = [
     "Clip",
     "Constant",
     "CosineDecay",
+    "CustomSurrogate",
     "ExponentialDecay",
     "LinearDecay",
     "LinearPolicyLoss",
@@ -74,6 +79,7 @@ __all__ = [
     "nsr",
     "plan_rows",
     "policy_loss",
+    "presets",
     "psr",
     "sapo",
     "select_tokens",

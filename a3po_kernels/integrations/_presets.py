@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from .. import objectives
+from ..named_objectives import presets
 from ..objectives import Objective
-
-_NAMES = "a3po cispo dapo dr_grpo fork_tokens grpo gspo lp_reg nsr psr sapo w_reinforce".split()
-PRESETS: dict[str, Callable[..., Objective]] = {name: getattr(objectives, name) for name in _NAMES}
 
 _EVERY = {"kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level"}
 _CLIP = {"epsilon_low", "epsilon_high", "dual_clip", "delta"}
@@ -18,9 +15,9 @@ _CLIP = {"epsilon_low", "epsilon_high", "dual_clip", "delta"}
 
 def preset_keywords(name: str) -> set[str]:
     """The keywords that a preset takes; raises ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"objective must be an Objective or one of {', '.join(PRESETS)}; got {name!r}")
-    parameters = inspect.signature(PRESETS[name]).parameters.values()
+    if name not in presets:
+        raise ValueError(f"objective must be an Objective or one of {', '.join(presets)}; got {name!r}")
+    parameters = inspect.signature(presets[name]).parameters.values()
     own = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     return own | _EVERY | (set() if name in ("cispo", "sapo") else _CLIP)
 
@@ -37,4 +34,4 @@ def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str,
         if key not in takes:
             names = ", ".join(sorted(spelled.get(option, option) for option in takes))
             raise ValueError(f"{spelled.get(key, key)} means nothing to the objective {name!r}, which takes {names}")
-    return PRESETS[name](**given)
+    return presets[name](**given)

@@ -9,8 +9,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from ..named_objectives import presets
 from ..objectives import Cispo, Clip, Objective
-from ._presets import PRESETS, build_objective
+from ._presets import build_objective
 
 # Field of the configuration -> keyword of the presets.
 KEYWORDS = {
@@ -82,7 +83,7 @@ class A3POConfig(GRPOConfig):
     """
 
     objective: str = _option(
-        f"What is optimised: {', '.join(PRESETS)}; in Python also an a3po_kernels.Objective.", "a3po"
+        f"What is optimised: {', '.join(presets)}; in Python also an a3po_kernels.Objective.", "a3po"
     )
     rho: float | None = _option("a3po: scale of the selected tokens, beta(step) = max(1, rho - alpha * step).")
     alpha: float | None = _option("a3po: what that scale loses per optimizer step.")
@@ -162,7 +163,7 @@ class A3POConfig(GRPOConfig):
                     "for a ratio per token; set use_bias_correction_kl=False"
                 )
             options["kl_estimator"] = "k3-ratio"
-        if self.objective in PRESETS:
+        if self.objective in presets:
             # CISPO and SAPO have them too, at 0 unless given.
             options.update({k: v for k, v in {"kl_coef": self.beta, "entropy_coef": self.entropy_coef}.items() if v})
         return build_objective(self.objective, options, {keyword: name for name, keyword in KEYWORDS.items()})

@@ -32,9 +32,9 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as verl_head
 
 from ..losses.logprobs import logprob_policy_loss
+from ..named_objectives import presets
 from ..objectives import Cispo, Clip, Objective, Sapo, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
-from ._presets import PRESETS
 
 __all__ = ["install_head", "linear_cross_entropy", "register_objective", "set_step", "training_step"]
 
@@ -268,7 +268,7 @@ def install_head() -> None:
 
 
 def _register_presets() -> None:
-    for name, preset in PRESETS.items():
+    for name, preset in presets.items():
         objective = preset()
         if _needs_more_than_logprobs(objective) is None:
             register_objective(f"a3po_{name}" if name in POLICY_LOSS_REGISTRY else name, objective)

@@ -110,7 +110,7 @@ def nested(step):
     "objective",
     ["a3po", ak.a3po(), ak.a3po(schedule=ak.CosineDecay()), ak.a3po(schedule=halved), ak.a3po(schedule=Growing(halved)),
      ak.lp_reg(), ak.gspo(kl_coef=0.1)],
-    ids=str,
+    ids=["a name", "a3po", "cosine", "a function", "a callable object", "lp_reg", "gspo"],
 )  # fmt: skip
 def test_an_objective_survives_training_args(objective, tmp_path):
     """As Trainer._save writes it, and a user reads it."""
