@@ -216,7 +216,7 @@ class Objective:
             raise TypeError(f"surrogate must be one of {takes}; got {type(self.surrogate).__name__}")
         _check_word("ratio_level", self.ratio_level, ("token", "sequence"))
         if self.ratio_level == "sequence" and isinstance(self.surrogate, CustomSurrogate):
-            raise ValueError("a CustomSurrogate takes t.rollout_mean(t.log_ratio) where it wants ratio_level 'sequence'")
+            raise ValueError("ratio_level 'sequence' is t.rollout_mean(t.log_ratio) in a CustomSurrogate's function")
         if self.low_probability is not None and isinstance(self.surrogate, CustomSurrogate):
             raise ValueError("low_probability replaces the loss of some tokens, which a CustomSurrogate writes itself")
         _check_number("kl_coef", self.kl_coef, 0.0)

@@ -21,8 +21,9 @@ METRICS = (
 class SurrogateForm(NamedTuple):
     """What the loss of a token is. Words choose code, numbers are run-time values.
 
-    kind: "clip", "cispo", "sapo" or "reinforce"; low, high: bounds of the ratio (cispo: low 0 is none); dual_clip,
-    delta, kl_clamp: inf is none; tau_positive, tau_negative: SAPO's; beta: weight of the replacement regulariser.
+    kind: "clip", "cispo", "sapo", "reinforce", or "none" where something else finds that part of the loss; low, high:
+    bounds of the ratio (cispo: low 0 is none); dual_clip, delta, kl_clamp: inf is none; tau_positive, tau_negative:
+    SAPO's; beta: weight of the replacement regulariser.
     """
 
     kind: str

@@ -14,7 +14,7 @@ from ..core.checks import as_rows, check_rows, compute_dtype
 from ..core.layout import token_layout
 from ..core.operators import runs_plainly
 from ..core.transform import Transform
-from ..objectives import Objective
+from ..objectives import CustomSurrogate, Objective
 from ..ops.min_p import min_p_rows_of
 from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
 from ..ops.token_logprobs import TokenStats, check_no_overlap, token_statistics
@@ -38,6 +38,8 @@ def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor) -> 
     """Why a token's gradient cannot be formed beside its statistics; None where it can."""
     if objective.ratio_level == "sequence":
         return "the ratio is the rollout's"
+    if isinstance(objective.surrogate, CustomSurrogate):
+        return "autograd finds the coefficients of a CustomSurrogate"
     if objective.low_probability is not None:
         return "Lp-Reg selects by the current log-probs"
     if current_rules(objective, batch):

@@ -19,7 +19,7 @@ from ..core.checks import compute_dtype
 from ..core.segments import true_first
 from ..core.tiles import Tiles, row_tiles
 from ..core.transform import Transform
-from ..objectives import Objective, TokenRule
+from ..objectives import CustomSurrogate, Objective, TokenRule
 from ..ops.linear_head import Gradients, LinearHead, Logits, head_gradients
 from ..ops.linear_token_logprobs import head_statistics, scatter_rows, weight_gradient_dtype
 from ..ops.one_launch import scale_gradient, write_statistics_and_gradient
@@ -97,8 +97,9 @@ def _fp16_units(scale: Tensor, rollout: Tensor, each: bool) -> _Units:
 def _most_kept(objective: Objective, plan: RowPlan, rollouts: int) -> int:
     """No more rows than this have a gradient after the rules that drop tokens, from the numbers of rows alone."""
     most = plan.row_count
-    if objective.ratio_level == "sequence":
-        return most  # the ratio's gradient reaches the dropped tokens of a rollout too
+    own = isinstance(objective.surrogate, CustomSurrogate) and objective.surrogate.depends_on != "token"
+    if objective.ratio_level == "sequence" or own:
+        return most  # the gradient reaches the dropped tokens of a rollout too
     for rule in objective.shaping:
         if not isinstance(rule, TokenRule) or rule.rest_scale != 0 or rule.polarity is not None:
             continue
@@ -142,7 +143,8 @@ def one_pass(
         units = units_of(factor)
     # A rule that is known already was applied to more than the plan's rows.
     most = _most_kept(objective, plan, batch.offsets.numel() - 1) if shaped is None else plan.row_count
-    together = unit == "token" and objective.low_probability is None and my_shaped is not None
+    custom = isinstance(objective.surrogate, CustomSurrogate)
+    together = unit == "token" and objective.low_probability is None and my_shaped is not None and not custom
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
         nonlocal factor, units

@@ -12,7 +12,7 @@ from ..core.checks import check_tensor
 from ..core.layout import TokenLayout, token_layout
 from ..core.operators import runs_plainly
 from ..core.segments import segment_of, segment_sum, true_first
-from ..objectives import Objective, PolarityWeights, TokenRule
+from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
 from .batch import check_objective, check_polarity
 
 UNITS = ("token", "rollout", "batch")
@@ -70,12 +70,13 @@ def dependence(objective: Objective, current: list[TokenRule]) -> str:
 
     current: the rules that select by the current policy. Beside one of them any rule over the batch waits for it.
     """
-    if objective.low_probability is not None:
+    own = objective.surrogate.depends_on if isinstance(objective.surrogate, CustomSurrogate) else "token"
+    if objective.low_probability is not None or own == "batch":
         return "batch"
     wide = any(isinstance(rule, TokenRule) and rule.scope != "rollout" for rule in objective.shaping)
     if current and (wide or objective.normalize_over == "selected"):
         return "batch"
-    return "rollout" if current or objective.ratio_level == "sequence" else "token"
+    return "rollout" if current or objective.ratio_level == "sequence" or own == "rollout" else "token"
 
 
 def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
@@ -93,7 +94,9 @@ def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
 def may_move(objective: Objective, tokens: Tensor, advantages: Tensor, polarity: Tensor) -> Tensor:
     """Bool [N]: the tokens whose own terms may have a gradient, from mask, advantages and polarity alone."""
     possible = tokens
-    if objective.kl_coef == 0 and objective.entropy_coef == 0:
+    # A function may have a gradient where the advantage is 0.
+    needs_advantage = not isinstance(objective.surrogate, CustomSurrogate)
+    if objective.kl_coef == 0 and objective.entropy_coef == 0 and needs_advantage:
         possible = possible & (advantages != 0)
     for rule in objective.shaping:
         if isinstance(rule, PolarityWeights):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..core.forms import METRICS, PolicyInputs, RuleForm, SurrogateForm
-from ..objectives import Cispo, Clip, Objective, PolarityWeights, Sapo, TokenRule
+from ..objectives import Cispo, Clip, CustomSurrogate, Objective, PolarityWeights, Sapo, TokenRule
 from ..ops.select_tokens import select_flat
 from ..ops.surrogate import PolicyTerms, policy_terms
 from ..ops.token_logprobs import TokenStats
 from ..ops.tokens import apply_rules, count_kept, normalizer, walks_batch
 from ..schedules import Value
 from .batch import TokenBatch, as_number, leading_weights
+from .custom import custom_terms
 
 
 class PolicyLossOutput(NamedTuple):
@@ -63,6 +64,8 @@ def surrogate_form(objective: Objective) -> SurrogateForm:
         return form._replace(kind="cispo", low=low, high=surrogate.epsilon_high)
     if isinstance(surrogate, Sapo):
         return form._replace(kind="sapo", tau_positive=surrogate.tau_positive, tau_negative=surrogate.tau_negative)
+    if isinstance(surrogate, CustomSurrogate):
+        return form._replace(kind="none")
     return form
 
 
@@ -175,9 +178,13 @@ def policy_inputs(
 
 
 def token_terms(
-    objective: Objective, batch: TokenBatch, stats: TokenStats, shaped: ShapedTokens, scale: Tensor, backend: str
-) -> PolicyTerms:
-    """The loss of a batch, its coefficients dL/dlogp and dL/dH per token, and the metrics."""
+    objective: Objective, batch: TokenBatch, stats: TokenStats, shaped: ShapedTokens, scale: Tensor, backend: str,
+    has_entropy: bool = True,
+) -> PolicyTerms:  # fmt: skip
+    """The loss of a batch, its coefficients dL/dlogp and dL/dH per token, and the metrics.
+
+    has_entropy: whether that of the statistics is one.
+    """
     replaced = None
     if objective.low_probability is not None and batch.proxy is not None:
         logp = stats.logprobs.detach()
@@ -189,7 +196,11 @@ def token_terms(
         )  # fmt: skip
         replaced = lowest & (logp < batch.proxy)
     inputs = policy_inputs(objective, batch, shaped, scale, replaced)
-    return policy_terms(stats.logprobs, stats.entropy, inputs, surrogate_form(objective), shaped.beta, backend)
+    form = surrogate_form(objective)
+    if not isinstance(objective.surrogate, CustomSurrogate):
+        return policy_terms(stats.logprobs, stats.entropy, inputs, form, shaped.beta, backend)
+    others = policy_terms(stats.logprobs.detach(), stats.entropy.detach(), inputs, form, shaped.beta, backend)
+    return custom_terms(objective.surrogate, batch, stats, shaped.weights, shaped.selected, scale, others, has_entropy)
 
 
 def policy_output(

@@ -65,6 +65,28 @@ def _backward(ctx, grad_loss, *_):
 _terms_plainly = plainly_differentiable(_policy_terms, _setup_context, _backward)
 
 
+@torch.library.custom_op("a3po::with_coefficients", mutates_args=())
+def _with_coefficients(
+    logp: Tensor, entropy: Tensor, loss: Tensor, d_logp: Tensor, d_entropy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields that _policy_terms gives, of a loss and coefficients that are known."""
+    return loss.clone(), d_logp.clone(), d_entropy.clone(), logp.new_empty(0), logp.new_empty(0)
+
+
+@_with_coefficients.register_fake
+def _(logp, entropy, loss, d_logp, d_entropy):
+    empty = logp.new_empty(0)
+    return torch.empty_like(loss), torch.empty_like(d_logp), torch.empty_like(d_entropy), empty, torch.empty_like(empty)
+
+
+_attach_plainly = plainly_differentiable(_with_coefficients, _setup_context, _backward)
+
+
+def with_coefficients(logp: Tensor, entropy: Tensor, loss: Tensor, d_logp: Tensor, d_entropy: Tensor) -> Tensor:
+    """The loss [], differentiable: its derivatives in logp and entropy [N] are d_logp and d_entropy ([0]: none)."""
+    return _attach_plainly(logp, entropy, loss, d_logp, d_entropy)[0]
+
+
 class PolicyTerms(NamedTuple):
     """loss 0-d, differentiable in logp and entropy; d_logp [N], d_entropy [N] or [0]: its derivatives; METRICS."""
 

@@ -40,6 +40,8 @@ def _surrogate(form, ratio, slope, logp, advantage):
         gate = uniformly(torch.sigmoid, tau * (ratio - 1.0))
         d_ratio = -advantage * 4.0 * gate * (1.0 - gate) * slope
         return -advantage * 4.0 / tau * gate, d_ratio, zero, never, never, never
+    if form.kind == "none":
+        return zero, zero, zero, never, never, never
     return -advantage * logp, zero, -advantage, never, never, never
 
 

@@ -83,6 +83,8 @@ def _surrogate(
         tau = tl.where(advantage > 0, zero + tau_positive, zero + tau_negative)
         gate = 1.0 / (1.0 + tl.exp2(-tau * (ratio - 1.0) * LOG2E))
         return -advantage * 4.0 / tau * gate, -advantage * 4.0 * gate * (1.0 - gate) * slope, zero, never, never, never
+    elif KIND == "none":
+        return zero, zero, zero, never, never, never
     else:
         return -advantage * logp, zero, -advantage, never, never, never
 

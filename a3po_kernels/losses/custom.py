@@ -1,0 +1,215 @@
+"""A surrogate that is a PyTorch function: the loss of each token and its two coefficients, by autograd on N numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.forms import METRICS
+from ..core.operators import runs_plainly
+from ..core.segments import segment_sum
+from ..objectives import CustomSurrogate
+from ..ops.surrogate import PolicyTerms, with_coefficients
+from ..ops.token_logprobs import TokenStats
+from .batch import TokenBatch
+
+
+class TokenValues:
+    """What a function of a batch's tokens reads: flat [N], in the statistics' dtype, 0 where a row is no token.
+
+    An attribute that the caller gave nothing for raises ValueError when it is read.
+    """
+
+    def __init__(
+        self, mask: Tensor, rollout: Tensor, offsets: Tensor, counts: Tensor, given: Mapping[str, Tensor | None]
+    ):
+        self.mask = mask
+        self.read: set[str] = set()
+        self._rollout, self._offsets, self._counts, self._given = rollout, offsets, counts, given
+
+    def _value(self, name: str) -> Tensor:
+        self.read.add(name)
+        value = self._given.get(name)
+        if value is None:
+            raise ValueError(f"a function of the batch's tokens reads {name}, which was not given")
+        return torch.where(self.mask, value, torch.zeros_like(value))
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Of the current policy (nats), differentiable."""
+        return self._value("logprobs")
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """Of the behaviour policy; the current ones, without a gradient, on-policy."""
+        return self._value("old_logprobs")
+
+    @property
+    def ref_logprobs(self) -> Tensor:
+        return self._value("ref_logprobs")
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of the current policy (nats), differentiable."""
+        return self._value("entropy")
+
+    @property
+    def advantages(self) -> Tensor:
+        """Shaped: the weights are in them."""
+        return self._value("advantages")
+
+    @property
+    def weights(self) -> Tensor:
+        return self._value("weights")
+
+    @property
+    def polarity(self) -> Tensor:
+        return self._value("polarity")
+
+    @property
+    def selected(self) -> Tensor:
+        """Bool: selected by any TokenRule."""
+        return self._value("selected")
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """logprobs - old_logprobs."""
+        return self.logprobs - self.old_logprobs
+
+    @property
+    def ratio(self) -> Tensor:
+        """exp(log_ratio), of the log ratio clamped to +-20."""
+        return self.log_ratio.clamp(-20.0, 20.0).exp()
+
+    def rollout_sum(self, values: Tensor) -> Tensor:
+        """[N]: at each row the sum over its rollout's tokens."""
+        masked = torch.where(self.mask, values, torch.zeros_like(values))
+        return segment_sum(masked, self._offsets)[self._rollout]
+
+    def rollout_mean(self, values: Tensor) -> Tensor:
+        """[N]: at each row the mean over its rollout's tokens."""
+        return self.rollout_sum(values) / self._counts.clamp(min=1.0)[self._rollout]
+
+
+def _loss(surrogate: CustomSurrogate, values: TokenValues) -> Tensor:
+    """The function's result, checked."""
+    loss = surrogate.loss(values)
+    shape = values.mask.shape
+    if not isinstance(loss, Tensor) or loss.shape != shape or not loss.dtype.is_floating_point:
+        got = f"{list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"a CustomSurrogate's loss must give a floating-point tensor [N] = {list(shape)}; got {got}")
+    return loss
+
+
+def _example(rows: Tensor, lengths: list[int], all_values: Mapping[str, Tensor]) -> TokenValues:
+    offsets = torch.tensor([0, *lengths], device=rows.device).cumsum(0)
+    rollout = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), offsets.diff())
+    mask = torch.ones(rows.numel(), dtype=torch.bool, device=rows.device)
+    return TokenValues(mask, rollout, offsets, offsets.diff().double(), {k: v[rows] for k, v in all_values.items()})
+
+
+@torch.no_grad()
+def _check_dependence(surrogate: CustomSurrogate, device: torch.device) -> bool:
+    """Raises ValueError where the loss of a token changes with the company that `depends_on` says does not matter."""
+    lengths = [3, 1, 4]
+    count, generator = sum(lengths), torch.Generator().manual_seed(0)
+    for spread in (0.1, 1.0, 4.0):
+
+        def normal(scale: float) -> Tensor:
+            return (scale * torch.randn(count, generator=generator, dtype=torch.float64)).to(device)
+
+        logp = -normal(1.0).abs() - 0.01
+        sign = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 0.0, -1.0], dtype=torch.float64, device=device)
+        given = {
+            "logprobs": logp, "old_logprobs": logp + normal(0.3 * spread), "ref_logprobs": logp + normal(0.3 * spread),
+            "entropy": normal(1.0).abs(), "advantages": sign * (0.5 + normal(spread).abs()), "polarity": sign,
+            "weights": 1.0 + normal(0.1).abs(), "selected": normal(1.0) > 0,
+        }  # fmt: skip
+        rows = torch.arange(count, device=device)
+        whole = _loss(surrogate, _example(rows, lengths, given))
+        alone = [1] * count if surrogate.depends_on == "token" else lengths
+        if surrogate.depends_on == "batch":
+            continue
+        parts = [_loss(surrogate, _example(part, [part.numel()], given)) for part in rows.split(alone)]
+        if not torch.allclose(torch.cat(parts), whole, rtol=1e-6, atol=1e-9, equal_nan=True):
+            wider = "'rollout' or 'batch'" if surrogate.depends_on == "token" else "'batch'"
+            raise ValueError(
+                f"the loss of a CustomSurrogate with depends_on={surrogate.depends_on!r} depends on other tokens than "
+                f"that: on an example a token's changes with its company; declare {wider}"
+            )
+    return True
+
+
+def check_custom(surrogate: CustomSurrogate, device: torch.device) -> None:
+    """_check_dependence, once for a surrogate, on an example on the batch's device."""
+    if getattr(surrogate, "_checked", False) or torch.compiler.is_compiling():
+        return
+    object.__setattr__(surrogate, "_checked", _check_dependence(surrogate, device))
+
+
+def custom_terms(
+    surrogate: CustomSurrogate, batch: TokenBatch, stats: TokenStats, weights: Tensor, selected: Tensor | None,
+    scale: Tensor, others: PolicyTerms, has_entropy: bool,
+) -> PolicyTerms:  # fmt: skip
+    """Adds the surrogate's loss and coefficients to those of the other terms (regularisers, metrics)."""
+    tokens = batch.tokens
+    kept = tokens & (weights != 0)
+    rollout = batch.rollout.long()
+    factor = torch.where(kept, scale[rollout], 0.0)
+    if batch.importance is not None:
+        factor = factor * torch.where(kept, batch.importance, 0.0)
+    if runs_plainly(stats.logprobs):
+        check_custom(surrogate, tokens.device)
+    seen: set[str] = set()
+
+    given = {
+        "old_logprobs": stats.logprobs.detach() if batch.old is None else batch.old, "ref_logprobs": batch.reference,
+        "advantages": batch.advantages * weights, "weights": weights, "polarity": batch.polarity.sign(),
+        "selected": torch.zeros_like(tokens) if selected is None else selected,
+    }  # fmt: skip
+
+    def total(logp: Tensor, entropy: Tensor) -> Tensor:
+        values = TokenValues(
+            tokens, rollout, batch.offsets, batch.counts,
+            {**given, "logprobs": logp, "entropy": entropy if has_entropy else None},
+        )  # fmt: skip
+        loss = _loss(surrogate, values)
+        seen.update(values.read)
+        return (torch.where(kept, loss.to(logp.dtype), 0.0) * factor).sum()
+
+    loss, d_logp, d_entropy = _derivatives(total, stats)
+    # What a row without a token is given by the function is nothing.
+    d_logp = torch.where(tokens, d_logp, 0.0) + others.d_logp
+    if "entropy" in seen:
+        d_entropy = torch.where(tokens, d_entropy, 0.0)
+        d_entropy = d_entropy + others.d_entropy if others.d_entropy.numel() else d_entropy
+    else:
+        d_entropy = others.d_entropy
+    active = d_logp != 0
+    if d_entropy.numel():
+        active = active | (d_entropy != 0)
+    attached = with_coefficients(stats.logprobs, stats.entropy, others.loss.detach() + loss, d_logp, d_entropy)
+    share = active.sum() / batch.counts.sum().clamp(min=1.0)
+    at = torch.arange(len(METRICS), device=share.device) == METRICS.index("active_fraction")
+    return PolicyTerms(attached, d_logp, d_entropy, torch.where(at, share, others.metrics))
+
+
+def _derivatives(total: Callable[[Tensor, Tensor], Tensor], stats: TokenStats) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, d total / d logp, d total / d entropy), attached to nothing."""
+    logp, entropy = stats.logprobs.detach(), stats.entropy.detach()
+    if not runs_plainly(stats.logprobs):
+        (d_logp, d_entropy), value = torch.func.grad_and_value(total, argnums=(0, 1))(logp, entropy)
+        return value, d_logp, d_entropy
+    if torch.is_inference_mode_enabled():
+        return total(logp, entropy), torch.zeros_like(logp), torch.zeros_like(logp)
+    with torch.enable_grad():
+        leaves = [logp.requires_grad_(), entropy.requires_grad_()]
+        value = total(*leaves)
+        found: Any = (None, None)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, leaves, allow_unused=True)
+    d_logp, d_entropy = (torch.zeros_like(logp) if x is None else x for x in found)
+    return value.detach(), d_logp.detach(), d_entropy.detach()
