@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from a3po_kernels import group_advantages
-from a3po_kernels.integrations._presets import PRESETS
+from a3po_kernels import group_advantages, presets
 from a3po_kernels.integrations.transformers import policy_loss_from_model
 from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 from examples import arithmetic, figures
@@ -108,7 +107,7 @@ def heat_map_rollouts(model, tokens, objective) -> list[figures.Rollout]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objective", default="a3po", choices=PRESETS)
+    parser.add_argument("--objective", default="a3po", choices=presets)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")

@@ -16,7 +16,7 @@ import tiny
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from a3po_kernels.integrations._presets import PRESETS
+from a3po_kernels import presets
 from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -272,7 +272,7 @@ def test_a_plan_and_a_tool_mask(losses, folders, tmp_path):
 # -- what it adds -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", presets)
 def test_every_preset_trains_off_policy(name, folders, tmp_path):
     """The swap of the quick start: another trainer, another config. Lp-Reg needs statistics of the old policy here."""
     made = trained(A3POTrainer, A3POConfig, folders / "llama", tmp_path, objective=name, num_iterations=2, max_steps=4)
