@@ -287,6 +287,23 @@ def test_nothing_to_learn(name, backend, device):
     assert all(value.isfinite() for value in output.metrics.values())
 
 
+@pytest.mark.parametrize("name", ["dapo", "gspo", "cispo", "sapo", "lp_reg"])
+@pytest.mark.parametrize("what", ["old_logprobs", "advantages"])
+def test_nan_is_in_the_gradient_too(name, what, backend, device):
+    """A guard on gradient norms sees what a loss of NaN says: no row's gradient is 0 for being NaN."""
+    if INTERPRETED and what == "advantages":
+        pytest.skip("the interpreter is slow")
+    batch = random_batch(17, rollouts=3, dtype=torch.float32, device=device, per_token=True)
+    batch.advantages = batch.advantages.masked_fill(batch.logits.isnan().any(-1), 0.0)
+    values = batch.advantages if what == "advantages" else batch.keywords[what]
+    values[0, 1] = torch.nan
+    assert not batch.logits[0, 1].isnan().any()
+    objective, _ = preset(name)
+    keywords = {} if name == "lp_reg" else {"min_p_logprobs": None}
+    out, gradient = run(a3po_kernels, batch, objective, backend=backend, **keywords)
+    assert out.loss.isnan() and gradient[0, 1].isnan().all()
+
+
 def test_zero_advantage_counts(backend, device):
     """A rollout of zero advantage keeps its place in the denominator and its KL and entropy terms."""
     batch = random_batch(23, rollouts=3, dtype=torch.float64, device=device)

@@ -137,10 +137,11 @@ def test_rows_of_huge_finite_logits(value, backend, device, request):
     agree(statistics(torch.full((1, 5), value, device=device), torch.tensor([1]), backend), 1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the running maximum starts at -1e38, and finfo.min of fp32 and bf16 is lower")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_masked_whole_by_the_lowest_finite_number(dtype, backend, device):
+def test_a_row_masked_whole_by_the_lowest_finite_number(dtype, backend, device, request):
     """allenai/allennlp#890: masked by finfo.min, not -inf, a row is finite, and uniform in PyTorch."""
+    if backend == "triton":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the running maximum starts at -1e38: NaN"))
     logits = torch.full((1, 5), torch.finfo(dtype).min, dtype=dtype, device=device)
     agree(statistics(logits, torch.tensor([1]), backend), 1e-2)
 

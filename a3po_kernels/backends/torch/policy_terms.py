@@ -25,8 +25,8 @@ def _surrogate(form, ratio, slope, logp, advantage):
         free = -advantage * ratio.clamp(max=form.delta)
         bound = -advantage * ratio.clamp(form.low, form.high)
         loss = torch.maximum(free, bound)
-        free_slope = torch.where(ratio <= form.delta, slope, 0.0)
-        bound_slope = torch.where((ratio >= form.low) & (ratio <= form.high), slope, 0.0)
+        free_slope = torch.where(ratio > form.delta, 0.0, slope)
+        bound_slope = torch.where((ratio < form.low) | (ratio > form.high), 0.0, slope)
         d_ratio = -advantage * torch.where(free >= bound, free_slope, bound_slope)
         cap = -advantage * form.dual_clip
         dual = negative & (loss > cap)
@@ -83,13 +83,14 @@ def loss_terms(
 ) -> LossTerms:  # fmt: skip
     """The formula of the loss of each token; policy_terms and one_launch call it."""
     ratio = _exp(log_ratio.clamp(-20.0, 20.0))
-    slope = torch.where(log_ratio.abs() <= 20.0, ratio, 0.0)
+    # Each comparison so that NaN keeps its NaN: a gradient of 0 beside a loss of NaN would pass for sound.
+    slope = torch.where(log_ratio.abs() > 20.0, 0.0, ratio)
     loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(form, ratio, slope, logp, advantage)
     if replaced is not None and proxy is not None:
         gap = torch.where(replaced, proxy, 0.0) - logp
         e = _exp(gap)
         k3 = e - gap - 1.0
-        d_k3 = torch.where((k3 >= -10.0) & (k3 <= 10.0), form.beta * (1.0 - e), 0.0)
+        d_k3 = torch.where(k3.abs() > 10.0, 0.0, form.beta * (1.0 - e))
         loss = torch.where(replaced, -advantage * ratio + form.beta * k3.clamp(-10.0, 10.0), loss)
         d_ratio = torch.where(replaced, -advantage * slope, d_ratio)
         d_logp = torch.where(replaced, d_k3, d_logp)

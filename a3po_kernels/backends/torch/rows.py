@@ -13,7 +13,6 @@ import torch
 
 from ...core.transform import Transform
 
-LOWEST = -1e38  # of a running maximum: finite, since (-inf) - (-inf) is NaN
 # Elements of one chunk: about 2 MB in fp32 stays in a CPU's caches; a GPU wants fewer, larger launches.
 CPU_CHUNK = 1 << 19
 GPU_CHUNK = 1 << 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...core.transform import LN2, Transform
-from .rows import LOWEST, Rows, Scratch, capped, exponent_floor, row_scale, uniformly
+from .rows import Rows, Scratch, capped, exponent_floor, row_scale, uniformly
 
 
 class Buffers:
@@ -22,7 +22,7 @@ def chunk_statistics(
     n = u.shape[0]
     at_least_two = max(n, 2)
     # A finite shift: a tile of nothing but -inf then sums to 0 instead of NaN.
-    m = u.amax(-1, keepdim=True).clamp_min_(LOWEST)
+    m = u.amax(-1, keepdim=True).clamp_min_(torch.finfo(u.dtype).min)
     t, e = buffers.t.rows(n), buffers.e.rows(n)
     torch.sub(u, m, out=t).mul_(k).clamp_min_(exponent_floor(t.dtype))
     e.copy_(t)

@@ -67,8 +67,8 @@ def _surrogate(
         free = -advantage * _minimum(ratio, zero + delta)
         bound = -advantage * _minimum(_maximum(ratio, zero + low), zero + high)
         loss = _maximum(free, bound)
-        free_slope = tl.where(ratio <= delta, slope, 0.0)
-        bound_slope = tl.where((ratio >= low) & (ratio <= high), slope, 0.0)
+        free_slope = tl.where(ratio > delta, 0.0, slope)
+        bound_slope = tl.where((ratio < low) | (ratio > high), 0.0, slope)
         d_ratio = -advantage * tl.where(free >= bound, free_slope, bound_slope)
         cap = -advantage * dual_clip
         dual = (advantage < 0) & (loss > cap)
@@ -95,10 +95,9 @@ def _replacement(loss, d_ratio, d_logp, replaced, ratio, slope, logp, advantage,
     gap = proxy - logp
     k3 = _exp(gap) - gap - 1.0
     penalty = beta * _minimum(_maximum(k3, tl.zeros_like(k3) - 10.0), tl.zeros_like(k3) + 10.0)
-    inside = (k3 >= -10.0) & (k3 <= 10.0)
     loss = tl.where(replaced, -advantage * ratio + penalty, loss)
     d_ratio = tl.where(replaced, -advantage * slope, d_ratio)
-    d_logp = tl.where(replaced, tl.where(inside, beta * (1.0 - _exp(gap)), 0.0), d_logp)
+    d_logp = tl.where(replaced, tl.where(tl.abs(k3) > 10.0, 0.0, beta * (1.0 - _exp(gap))), d_logp)
     return loss, d_ratio, d_logp
 
 
@@ -130,7 +129,8 @@ def loss_terms(
 ):  # fmt: skip
     """Before scale and entropy: (loss, dloss/dlog ratio, dloss/dlogp past it, kl, ratio, low, high, dual, kl's)."""
     ratio = _exp(_minimum(_maximum(log_ratio, -20.0), 20.0))
-    slope = tl.where(tl.abs(log_ratio) <= 20.0, ratio, 0.0)
+    # Each comparison so that NaN keeps its NaN: a gradient of 0 beside a loss of NaN would pass for sound.
+    slope = tl.where(tl.abs(log_ratio) > 20.0, 0.0, ratio)
     loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(
         ratio, slope, logp, advantage, low, high, dual_clip, delta, tau_positive, tau_negative, KIND
     )
