@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,8 @@ from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
 from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread
-from .stages import PolicyLossOutput, current_rules, loss_scale, policy_output, shape, token_terms
+from .shaping import current_rules, shape
+from .stages import PolicyLossOutput, loss_scale, policy_output, token_terms
 
 ROUTES = ("auto", "one-pass", "recompute")
 
@@ -58,6 +60,7 @@ def linear_policy_loss(
     old_entropy: Tensor | None = None,
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -115,7 +118,7 @@ def linear_policy_loss(
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length,
+        denominator, max_length, scores,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.vocabulary,

@@ -9,9 +9,9 @@ from ...core.checks import compute_dtype
 from ...core.forms import PolicyInputs, SurrogateForm
 from ...core.transform import LN2, Transform
 from .gradient import finish_gradient, row_slope
-from .policy_terms import loss_terms
 from .rows import Rows, capped, row_scale, uniformly
 from .statistics import Buffers, chunk_statistics, row_results
+from .token_loss import loss_terms
 
 
 def write_statistics_and_gradient(
@@ -45,6 +45,7 @@ def write_statistics_and_gradient(
         kept = mine & (weights != 0)
         terms = loss_terms(
             form, kept, logp, inputs.advantages[rows] * weights,
+            None if inputs.old is None else inputs.old[rows],
             torch.zeros_like(logp) if inputs.old is None else logp - inputs.old[rows],
             None if inputs.importance is None else inputs.importance[rows],
             None if inputs.reference is None else inputs.reference[rows],
