@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from a3po_kernels.backends.triton.launch import loads_of
 from a3po_kernels.core.checks import compute_dtype
 from a3po_kernels.core.transform import Transform
 from a3po_kernels.ops.min_p import min_p_rows
@@ -42,3 +43,20 @@ def test_scaling_rows_of_any_width(backend, device):
             found = scale_gradient(gradient.clone(), factor, backend)
             bound = {"rtol": 1e-2 if dtype is torch.bfloat16 else 1e-6, "atol": 1e-6}
             torch.testing.assert_close(found.to(expected.dtype), expected, **bound)
+
+
+def test_scaling_in_place_between_other_numbers(backend, device):
+    """Of logits with strides of their own: what lies between them stays."""
+    for spread in ((slice(None), slice(None, None, 2)), (slice(None, None, 2), slice(1, None)), (..., slice(3, 9))):
+        wide = torch.randn(4, 6, 11, device=device)
+        expected = wide.clone()
+        expected[spread] *= 0.3
+        scale_gradient(wide[spread], torch.tensor(0.3, device=device), backend)
+        torch.testing.assert_close(wide, expected, rtol=1e-6, atol=0.0)
+
+
+def test_rows_are_read_the_fastest_way_that_they_allow():
+    assert loads_of(torch.zeros(2, 3, 64)) == "aligned"
+    assert loads_of(torch.zeros(2, 3, 63)) == "shifted"
+    assert loads_of(torch.zeros(2, 64, 3).transpose(1, 2)) == "strided"
+    assert loads_of(torch.zeros(2, 64, 1).transpose(0, 1)) != "strided"
