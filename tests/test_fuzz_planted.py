@@ -10,8 +10,8 @@ import torch
 from batches import INTERPRETED
 
 from a3po_kernels.backends import torch as backend
-from a3po_kernels.backends.torch import policy_terms, selection, statistics
-from a3po_kernels.losses import linear, one_pass, rows, stages
+from a3po_kernels.backends.torch import selection, statistics, token_loss
+from a3po_kernels.losses import linear, one_pass, rows, shaping, stages
 from a3po_kernels.ops import linear_token_logprobs
 from tests.fuzz.judge import run_case
 
@@ -48,17 +48,19 @@ def leading_weights(right, objective):
     return max(right(objective) - 1, 0)
 
 
-def surrogate(right, form, ratio, slope, logp, advantage):
+def surrogate(right, form, *values):
     """The bound of the dual clip keeps its gradient."""
-    loss, _, *rest = right(form, ratio, slope, logp, advantage)
-    _, d_ratio, *_ = right(form._replace(dual_clip=float("inf")), ratio, slope, logp, advantage)
+    loss, _, *rest = right(form, *values)
+    _, d_ratio, *_ = right(form._replace(dual_clip=float("inf")), *values)
     return (loss, d_ratio, *rest)
 
 
-def kl(right, estimator, logp, reference, ratio, slope):
+def kl(right, form, logp, reference, ratio, slope):
     """k3-ratio's gradient without that of the ratio."""
-    value, gradient = right(estimator, logp, reference, ratio, slope)
-    return value, gradient if estimator != "k3-ratio" else ratio * right("k3", logp, reference, ratio, slope)[1]
+    value, gradient, beyond = right(form, logp, reference, ratio, slope)
+    if form.kl_estimator == "k3-ratio":
+        gradient = ratio * right(form._replace(kl_estimator="k3"), logp, reference, ratio, slope)[1]
+    return value, gradient, beyond
 
 
 def write_gradient(right, *arguments):
@@ -115,10 +117,10 @@ PLANTED: dict[str, list[tuple[Any, str, Callable]]] = {
     "statistics": [(backend, "fold_statistics", fold_statistics)],
     "merge of tiles": [(statistics, "merge_statistics", merge_statistics)],
     "selection": [(selection, "select", select), (backend, "select", select)],
-    "order of the rules": [(stages, "apply_rules", apply_rules)],
-    "polarity weights": [(stages, "leading_weights", leading_weights)],
-    "coefficients": [(policy_terms, "_surrogate", surrogate)],
-    "coefficients of the KL term": [(policy_terms, "_kl", kl)],
+    "order of the rules": [(shaping, "apply_rules", apply_rules)],
+    "polarity weights": [(shaping, "leading_weights", leading_weights)],
+    "coefficients": [(token_loss, "_surrogate", surrogate)],
+    "coefficients of the KL term": [(token_loss, "_kl", kl)],
     "gradient of a column tile": [(backend, "write_gradient", write_gradient)],
     "gradient of the entropy": [(backend, "write_gradient", write_gradient_without_entropy)],
     "scaling by the incoming gradient": [(backend, "scale", scale)],

@@ -165,6 +165,7 @@ def linear_policy_loss(
         mode = EXACT if chosen == EXACT and hidden.device.type == "cpu" else EVERY
         proxy = linear_min_p_unchecked(head, candidates, kappa, transform, max_bytes, mode, backend)
         batch = replace(batch, proxy=proxy)
+    counted = None if shaped is None else shaped.weights  # also a token whose statistics nobody needs is divided by
     if statistics == "active":
         flat_targets = torch.where(computed, flat_targets, ignore_index)
         # What is not computed leaves the objective, as a token that shaping drops.
@@ -186,8 +187,8 @@ def linear_policy_loss(
             )
     if tiles is not None and plan is not None and tiles.total_rows:
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.
-        weights = batch.weights if shaped is None else shaped.weights
-        scale = scale_of if unit == "batch" and shaped is None else scale_of(weights)
+        known = batch.weights if counted is None else counted
+        scale = scale_of if unit == "batch" and counted is None else scale_of(known)
         with torch.no_grad(), without_autocast(hidden.device):
             found = one_pass(
                 head, objective, replace(batch, tokens=computed), transform, plan, tiles, unit, shaped, scale, wanted,
@@ -202,7 +203,7 @@ def linear_policy_loss(
     )
     batch = replace(batch, tokens=computed)
     shaped = shape(objective, batch, stats, backend) if shaped is None else shaped
-    scale = scale_of(shaped.weights)
+    scale = scale_of(shaped.weights if counted is None else counted)
     terms = token_terms(objective, batch, stats, shaped, scale, backend)
     taken = "recompute" if any(wanted) else "statistics"
     return policy_output(batch, terms.loss, stats, shaped.weights, terms.metrics, taken)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.forms import PolicyInputs, SurrogateForm
 from ...core.segments import segment_sum
-from .token_loss import loss_terms, within
+from .token_loss import behaviour, loss_terms, within
 
 
 def loss_and_coefficients(
@@ -26,8 +26,7 @@ def loss_and_coefficients(
     advantage = at(inputs.advantages, kept) * inputs.weights
     scale = at(inputs.scale[rollout], tokens)
     length = inputs.counts.clamp(min=1.0)
-    old = None if inputs.old is None else at(inputs.old, tokens)
-    gap = torch.zeros_like(logp) if old is None else logp - old
+    old, gap = behaviour(logp, None if inputs.old is None else at(inputs.old, tokens))
     inside = None
     log_ratio = gap
     if form.sequence:
@@ -36,8 +35,9 @@ def loss_and_coefficients(
             clipped, inside = within(form, advantage, gap)
         log_ratio = (segment_sum(at(clipped, tokens), offsets) / length)[rollout]
     replaced = None if inputs.replaced is None else inputs.replaced & kept
+    importance = None if inputs.importance is None else at(inputs.importance, kept)
     terms = loss_terms(
-        form, kept, logp, advantage, old, log_ratio, None if inputs.importance is None else at(inputs.importance, kept),
+        form, kept, logp, advantage, old, gap, log_ratio, importance,
         None if inputs.reference is None else at(inputs.reference, tokens), replaced, inputs.proxy,
     )  # fmt: skip
     if form.sequence and not form.own_gradient:

@@ -91,6 +91,13 @@ def _kl(
     return k3, d_k3, beyond
 
 
+def behaviour(logp: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(the behaviour policy's log-prob, the log ratio) of each token; on-policy the current one, and 0 or NaN."""
+    if old is not None:
+        return old, logp - old
+    return logp, torch.where(logp.isnan(), logp, 0.0)  # not logp - logp, which is NaN at -inf
+
+
 class LossTerms(NamedTuple):
     """Of each token, before scale and entropy bonus: the loss, dloss/dlog ratio, dloss/dlogp past it, and metrics."""
 
@@ -106,16 +113,15 @@ class LossTerms(NamedTuple):
 
 
 def loss_terms(
-    form: SurrogateForm, kept: Tensor, logp: Tensor, advantage: Tensor, old: Tensor | None, log_ratio: Tensor,
+    form: SurrogateForm, kept: Tensor, logp: Tensor, advantage: Tensor, old: Tensor, own: Tensor, log_ratio: Tensor,
     importance: Tensor | None, reference: Tensor | None, replaced: Tensor | None = None, proxy: Tensor | None = None,
 ) -> LossTerms:  # fmt: skip
-    """The terms of each token; log_ratio: its own, or its rollout's."""
-    own = torch.zeros_like(logp) if old is None else logp - old
+    """The terms of each token; own: its log ratio; log_ratio: that, or its rollout's."""
     ratio = _exp(log_ratio.clamp(-20.0, 20.0))
     # Each comparison so that NaN keeps its NaN: a gradient of 0 beside a loss of NaN would pass for sound.
     slope = torch.where(log_ratio.abs() > 20.0, 0.0, ratio)
     loss, d_ratio, d_logp, clip_low, clip_high, dual = _surrogate(
-        form, ratio, slope, logp, logp if old is None else old, own, advantage
+        form, ratio, slope, logp, old, own, advantage
     )
     if replaced is not None and proxy is not None:
         gap = torch.where(replaced, proxy, 0.0) - logp

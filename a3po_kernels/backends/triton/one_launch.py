@@ -102,17 +102,17 @@ def one_launch_kernel(
         advantage = tl.load(advantages_ptr + row).to(COMPUTE) * weight
         divisor = tl.load(scale_ptr + tl.load(rollout_ptr + row)).to(COMPUTE)
         old = logp
-        log_ratio = tl.full((), 0.0, COMPUTE)
+        log_ratio = tl.where(logp != logp, logp, 0.0)
         if old_ptr is not None:
             old = tl.load(old_ptr + row).to(COMPUTE)
             log_ratio = logp - old
         terms = loss_terms(
-            kept, logp, advantage, old, log_ratio, _value(importance_ptr, row, COMPUTE),
+            kept, logp, advantage, old, log_ratio, log_ratio, _value(importance_ptr, row, COMPUTE),
             _value(reference_ptr, row, COMPUTE), False, 0.0, tl.full((), low, COMPUTE), tl.full((), high, COMPUTE),
             tl.full((), dual_clip, COMPUTE), tl.full((), delta, COMPUTE), tl.full((), tau_positive, COMPUTE),
             tl.full((), tau_negative, COMPUTE), tl.full((), kl_coef, COMPUTE), tl.full((), beta, COMPUTE),
             tl.full((), kl_clamp, COMPUTE), tl.full((), log_ratio_coef, COMPUTE), tl.full((), penalty, COMPUTE), KIND,
-            ESTIMATOR, importance_ptr is not None, reference_ptr is not None, False, old_ptr is not None,
+            ESTIMATOR, importance_ptr is not None, reference_ptr is not None, False,
         )  # fmt: skip
         d_logp = (terms[2] + terms[1]) * divisor
         if HAS_ENTROPY:

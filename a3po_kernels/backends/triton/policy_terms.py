@@ -37,9 +37,9 @@ def _count(flags, lane):
 
 @triton.jit
 def _old(logp, old_ptr, at, token):
-    """(behaviour log-prob, log r) of each token; without a behaviour policy it is the current one, and log r 0."""
+    """(behaviour log-prob, log r) of each token; on-policy the current one, and 0 or NaN."""
     if old_ptr is None:
-        return logp, tl.zeros_like(logp)
+        return logp, tl.where(logp != logp, logp, 0.0)
     else:
         old = _load(old_ptr, at, token).to(logp.dtype)
         return old, logp - old
@@ -117,10 +117,10 @@ def policy_terms_kernel(
             replaced = _load_flag(replaced_ptr, at, inside) & kept
             proxy = _load(proxy_ptr, at, replaced).to(COMPUTE)
             loss, d_ratio, d_logp, kl, ratio, clip_low, clip_high, dual, beyond = loss_terms(
-                kept, logp, advantage, old, log_ratio, importance, reference, replaced, proxy, low_, high_, dual_,
-                delta_, tau_positive_, tau_negative_, kl_coef_, beta_, kl_clamp_, log_ratio_coef_, penalty_, KIND,
-                ESTIMATOR, importance_ptr is not None, reference_ptr is not None, replaced_ptr is not None,
-                old_ptr is not None,
+                kept, logp, advantage, old, own_log_ratio, log_ratio, importance, reference, replaced, proxy, low_,
+                high_, dual_, delta_, tau_positive_, tau_negative_, kl_coef_, beta_, kl_clamp_, log_ratio_coef_,
+                penalty_, KIND, ESTIMATOR, importance_ptr is not None, reference_ptr is not None,
+                replaced_ptr is not None,
             )  # fmt: skip
             if SEQUENCE and not OWN and pass_ == 0:
                 shared += tl.sum(d_ratio, axis=0)
@@ -162,7 +162,7 @@ def policy_terms_kernel(
                 sums += _count(active, lanes == 12)
                 sums += _count(token, lanes == 13)
                 sums += _count(token & beyond, lanes == 14)
-                largest = maximum(largest, tl.max(tl.where(token, ratio, 0.0), axis=0))
+                largest = maximum(largest, tl.reduce(tl.where(token, ratio, 0.0), 0, maximum))
     sums = tl.where(lanes == 15, largest, sums)
     tl.store(sums_ptr + program * 16 + lanes, sums)
 

@@ -130,15 +130,11 @@ def _kl(logp, reference, ratio, slope, kl_clamp, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def loss_terms(
-    kept, logp, advantage, old, log_ratio, importance, reference, replaced, proxy, low, high, dual_clip, delta,
+    kept, logp, advantage, old, own, log_ratio, importance, reference, replaced, proxy, low, high, dual_clip, delta,
     tau_positive, tau_negative, kl_coef, beta, kl_clamp, log_ratio_coef, penalty, KIND: tl.constexpr,
     ESTIMATOR: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_REPLACED: tl.constexpr,
-    HAS_OLD: tl.constexpr,
 ):  # fmt: skip
     """Before scale and entropy: (loss, dloss/dlog ratio, dloss/dlogp past it, kl, ratio, low, high, dual, kl's)."""
-    own = tl.zeros_like(logp)  # on-policy exactly 0, at a log-prob of -inf too
-    if HAS_OLD:
-        own = logp - old
     ratio = _exp(minimum(maximum(log_ratio, -20.0), 20.0))
     # Each comparison so that NaN keeps its NaN: a gradient of 0 beside a loss of NaN would pass for sound.
     slope = tl.where(tl.abs(log_ratio) > 20.0, 0.0, ratio)
