@@ -5,6 +5,9 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 OBJECTIVE ?= a3po
 DEMO_ARGS ?=
+CASES ?= 10000
+SEED ?= 0
+MUTANTS ?= 200
 
 VENV := .venv
 JUNIT := build/junit
@@ -27,7 +30,7 @@ INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpre
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 bench demo train-plain dynamics clean distclean
+.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 fuzz mutate bench demo train-plain dynamics clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +88,13 @@ test-verl: .venv-verl/.stamp  ## conformance with verl, in .venv-verl
 
 test-triton36: .venv-triton36/.stamp  ## the kernels in the interpreter of Triton 3.6, in .venv-triton36
 	TRITON_INTERPRET=1 $(call PYTEST,.venv-triton36,triton36) -m "interpreter and $(OTHERS)" $(PYTEST_ARGS)
+
+fuzz: env  ## CASES random calls of the package against the reference, from SEED: a few minutes
+	$(ONE_THREAD) PYTHONPATH=. $(VENV)/bin/python -m tests.fuzz --seed $(SEED) --cases $(CASES) --workers $(WORKERS)
+
+mutate: env  ## MUTANTS small errors planted in the source, one at a time: which of them the tests notice; resumable
+	$(ONE_THREAD) PYTHONPATH=. $(VENV)/bin/python -m tests.mutation --count $(MUTANTS) --seed $(SEED)
+	$(ONE_THREAD) PYTHONPATH=. $(VENV)/bin/python -m tests.mutation --count $(MUTANTS) --seed $(SEED) --group triton
 
 BENCH = PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m
 bench: .venv-trl/.stamp  ## time, memory and machine code beside the peers, on the CPU; then the tables and figures: 10 minutes

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from .objectives import Cispo, Clip, MinPRegularizer, Objective, PolarityWeights, Sapo, TokenRule
+from .objectives import (
+    POLICY_METRICS,
+    Cispo,
+    Clip,
+    Dppo,
+    Gmpo,
+    MinPRegularizer,
+    Nothing,
+    Objective,
+    PolarityWeights,
+    Ratio,
+    Reinforce,
+    Sapo,
+    TokenRule,
+    Topr,
+    Vespo,
+)
 from .schedules import LinearDecay, Schedule
 
 
 def _common(aggregation: str, options: dict, **fields) -> Objective:
     """An Objective from a preset's fields and the overrides that every preset takes."""
-    known = {"kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level"}
+    known = {
+        "kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level", "log_ratio_coef",
+        "ratio_weights",
+    }  # fmt: skip
     unknown = sorted(set(options) - known)
     if unknown:
         clip = {"epsilon_low", "epsilon_high", "dual_clip", "delta"} if isinstance(fields["surrogate"], Clip) else set()
         takes = ", ".join(sorted(known | clip))
         raise TypeError(f"unexpected keyword {unknown[0]!r}; besides its own, this preset takes {takes}")
-    return Objective(**{"aggregation": aggregation, **fields, **options})
+    given = options.pop("ratio_weights", ())
+    weights = (*fields.pop("ratio_weights", ()), *given)
+    return Objective(**{"aggregation": aggregation, "ratio_weights": weights, **fields, **options})
 
 
 def _clipped(low: float, high: float, options: dict) -> Clip:
@@ -28,8 +50,9 @@ def _clipped(low: float, high: float, options: dict) -> Clip:
 def grpo(**options) -> Objective:
     """GRPO (DeepSeekMath, arXiv 2402.03300): clip .2/.2, k3 KL (coefficient 0 unless given), mean of rollout means.
 
-    Keywords, here and in every preset: kl_coef, kl_estimator, kl_clamp, entropy_coef, aggregation, ratio_level, and
-    (where the surrogate is the clip) epsilon_low, epsilon_high, dual_clip, delta. Values out of range raise ValueError.
+    Keywords, here and in every preset: kl_coef, kl_estimator, kl_clamp, entropy_coef, log_ratio_coef, ratio_weights,
+    aggregation, ratio_level, and (where the surrogate is the clip) epsilon_low, epsilon_high, dual_clip, delta. Values
+    out of range raise ValueError.
     """
     surrogate = _clipped(0.2, 0.2, options)
     return _common("seq-mean-token-mean", options, surrogate=surrogate)
@@ -102,6 +125,8 @@ def a3po(
     the paper gives no alpha that we could verify: the default 0.005 is ours. `schedule` replaces beta. With
     metric="entropy" the positive rollouts' tokens of highest entropy and the negative ones' of lowest do.
     """
+    if metric not in POLICY_METRICS:
+        raise ValueError(f"metric must be one of {', '.join(POLICY_METRICS)}; got {metric!r}")
     beta = LinearDecay(rho, alpha) if schedule is None else schedule
     unlikely, likely = ("low", "high") if metric == "probability" else ("high", "low")
     shaping = tuple(
@@ -127,7 +152,115 @@ def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, **options) -> Ob
     return _common("seq-mean-token-mean", options, surrogate=Sapo(tau_positive, tau_negative))
 
 
+def dppo(
+    divergence: str = "tv", delta_low: float = 0.2, delta_high: float = 0.2, ratio_cap: float | None = None, **options
+) -> Objective:
+    """DPPO (arXiv 2602.04879): a trust region on the divergence of each token instead of a bound of its ratio.
+
+    Bounds .2 as verl, prime-rl and SkyRL have them (the authors' scripts: tv .15, kl .05). prime-rl's default is
+    dppo(log_ratio_coef=1e-3) with the sampler's log-probs as old_logprobs. verl's ratio_cap is its clip_ratio_c, 3.
+    """
+    surrogate = Dppo(divergence, delta_low, delta_high, ratio_cap)
+    return _common("token-mean", options, surrogate=surrogate)
+
+
+def vespo(
+    k_positive: float = 2.0, lambda_positive: float = 3.0, k_negative: float = 3.0, lambda_negative: float = 2.0,
+    **options,
+) -> Objective:  # fmt: skip
+    """VESPO (arXiv 2602.10693, as released and in TRL): -phi(w) A logp, w the rollout's ratio; mean over tokens."""
+    weight = Vespo(k_positive, lambda_positive, k_negative, lambda_negative)
+    return _common("token-mean", options, surrogate=Reinforce(), ratio_weights=(weight,))
+
+
+def gmpo(epsilon_low: float = 0.4, epsilon_high: float = 0.4, **options) -> Objective:
+    """GMPO (arXiv 2507.20673): the geometric mean of clipped token ratios; bounds of the log ratio, .4 as released.
+
+    verl's geo_mean averages over a micro-batch's rows whatever the configuration says; ours takes `denominator`.
+    """
+    surrogate = Gmpo(epsilon_low, epsilon_high)
+    return _common("seq-mean-token-mean", options, surrogate=surrogate, ratio_level="sequence")
+
+
+def gspo_token(**options) -> Objective:
+    """GSPO-token (arXiv 2507.18071, and what verl calls gspo): the rollout's ratio, each token's own derivative."""
+    surrogate = _clipped(0.2, 0.2, options)
+    return _common("seq-mean-token-mean", options, surrogate=surrogate, ratio_level="sequence-token")
+
+
+def luspo(**options) -> Objective:
+    """LUSPO (arXiv 2602.05261, as in TRL): GSPO's loss times the rollout's length, which is a sum over its tokens."""
+    surrogate = _clipped(0.2, 0.2, options)
+    return _common("seq-mean-token-sum", options, surrogate=surrogate, ratio_level="sequence")
+
+
+def topr(level: str = "sequence", **options) -> Objective:
+    """TOPR (arXiv 2503.14286): -A logp, in negative rollouts times the ratio, at most 1; sums over rollouts."""
+    return _common("seq-mean-token-sum", options, surrogate=Reinforce(), ratio_weights=(Topr(level),))
+
+
+def covariance(t):
+    """(A - mean A) (logp - mean logp) of each token, means over the batch's tokens (arXiv 2505.22617)."""
+    advantages, logprobs = t.advantages, t.logprobs
+    return (advantages - t.batch_mean(advantages)) * (logprobs - t.batch_mean(logprobs))
+
+
+def kl_cov(ratio: float = 0.0002, penalty: float = 0.1, **options) -> Objective:
+    """KL-Cov (arXiv 2505.22617): -A r, and at the `ratio` of tokens of highest covariance + penalty |logp - old|.
+
+    As in verl (ratio 2e-4, its ppo_kl_coef .1; the released scripts: 2e-3 or 2e-4, and 1). The penalty has no gradient
+    where logp = old. At least one token is selected.
+    """
+    rule = TokenRule(
+        metric=covariance, source="current", side="high", ratio=ratio, scope="batch", replacement=Ratio(penalty)
+    )
+    return _common("token-mean", options, surrogate=Ratio(), shaping=(rule,))
+
+
+@dataclass(frozen=True)
+class CovarianceCandidates:
+    """A metric in (0, 1) at the tokens whose covariance lies in (low, high) and that the clip does not cut, else -1.
+
+    The order among candidates is a hash of rollout, position, step and seed.
+    """
+
+    low: float
+    high: float
+    seed: int
+    clip: Clip
+
+    def __call__(self, t):
+        ratio, value = t.ratio, covariance(t)
+        cut = ((t.advantages > 0) & (ratio > 1 + self.clip.epsilon_high)) | (
+            (t.advantages < 0) & (ratio < 1 - self.clip.epsilon_low)
+        )
+        candidate = (value > self.low) & (value < self.high) & ~cut & t.mask
+        # Fractions of multiples of irrational numbers: even, and the same on every route and in either spelling.
+        turns = 0.7548776662466927 * t.position.double() + 0.5698402909980532 * t.rollout.double()
+        turns = turns + 0.6180339887498949 * (t.step + 1.0) + 0.3247179572447461 * self.seed
+        even = (turns - turns.floor()) * 0.998 + 0.001
+        return even.to(value.dtype).masked_fill(~candidate, -1.0)
+
+
+def clip_cov(ratio: float = 0.0002, low: float = 1.0, high: float = 5.0, seed: int = 0, **options) -> Objective:
+    """Clip-Cov (arXiv 2505.22617): the clip, and no surrogate at some tokens whose covariance lies in (low, high).
+
+    At most `ratio` of the batch's tokens, one at least, are taken out of those that the clip leaves. Released code and
+    verl draw them by an unseeded generator; here a hash of rollout, position, step and `seed` decides, so that the same
+    inputs give the same bits.
+    """
+    surrogate = _clipped(0.2, 0.2, options)
+    rule = TokenRule(
+        metric=CovarianceCandidates(low, high, seed, surrogate), source="current", side="high", ratio=ratio,
+        scope="batch", threshold=0.0, replacement=Nothing(),
+    )  # fmt: skip
+    return _common("token-mean", options, surrogate=surrogate, shaping=(rule,))
+
+
 presets: dict[str, Callable[..., Objective]] = {
     preset.__name__: preset
-    for preset in (a3po, cispo, dapo, dr_grpo, fork_tokens, grpo, gspo, lp_reg, nsr, psr, sapo, w_reinforce)
-}
+    for preset in (
+        a3po, cispo, clip_cov, dapo, dppo, dr_grpo, fork_tokens, gmpo, grpo, gspo, gspo_token, kl_cov, lp_reg, luspo,
+        nsr, psr, sapo, topr, vespo, w_reinforce,
+    )
+}  # fmt: skip

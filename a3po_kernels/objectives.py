@@ -45,38 +45,6 @@ class PolarityWeights:
 
 
 @dataclass(frozen=True)
-class TokenRule:
-    """Weights of the k lowest or highest tokens of a scope by a metric, and of the other eligible tokens.
-
-    polarity: +1, -1 or None (any): whose tokens are eligible. Tokens that an earlier rule dropped are not.
-    metric, source: "probability" or "entropy", of the "old" (behaviour) or the "current" policy.
-    side, ratio, scope, rounding: which tokens are selected; see select_tokens.
-    selected_scale: weight of the selected tokens, a number or a schedule step -> value.
-    rest_scale: weight of the eligible tokens that were not selected; 0 drops them (a keep rule).
-    """
-
-    polarity: int | None = None
-    metric: str = "probability"
-    source: str = "old"
-    side: str = "low"
-    ratio: float = 0.2
-    selected_scale: float | Schedule = 1.0
-    rest_scale: float = 1.0
-    scope: str = "rollout"
-    rounding: str = "floor"
-
-    def __post_init__(self):
-        if self.polarity not in (None, 1, -1):
-            raise ValueError(f"polarity must be 1, -1 or None; got {self.polarity!r}")
-        _check_word("metric", self.metric, ("probability", "entropy"))
-        _check_word("source", self.source, ("old", "current"))
-        check_selection(self.ratio, self.side, self.scope, self.rounding)
-        if not callable(self.selected_scale):
-            _check_number("selected_scale", self.selected_scale, 0.0)
-        _check_number("rest_scale", self.rest_scale, 0.0)
-
-
-@dataclass(frozen=True)
 class Clip:
     """max(-A r, -A clamp(r, 1 - epsilon_low, 1 + epsilon_high)) (PPO; DAPO's two bounds, arXiv 2503.14476).
 
@@ -131,6 +99,60 @@ class Reinforce:
 
 
 @dataclass(frozen=True)
+class Dppo:
+    """-sg(min(r, ratio_cap)) A logp inside a trust region, 0 outside (DPPO, arXiv 2602.04879; verl's form).
+
+    The region bounds a divergence between the two policies' choice of this token or another: "tv", p - p_old, by
+    delta_high from above where A > 0 and by -delta_low from below elsewhere; "kl", of the two Bernoulli variables, with
+    the same two bounds where the policy moved the way that A asks for. Paper, prime-rl and SkyRL differentiate r A: the
+    same gradient without a cap, another value. The paper's behaviour policy is the sampler: give its log-probs as old.
+    """
+
+    divergence: str = "tv"
+    delta_low: float = 0.2
+    delta_high: float = 0.2
+    ratio_cap: float | None = None
+
+    def __post_init__(self):
+        _check_word("divergence", self.divergence, ("tv", "kl"))
+        _check_number("delta_low", self.delta_low, 0.0)
+        _check_number("delta_high", self.delta_high, 0.0)
+        if self.ratio_cap is not None:
+            _check_number("ratio_cap", self.ratio_cap, 0.0, above=True)
+
+
+@dataclass(frozen=True)
+class Gmpo:
+    """-A exp(mean over the rollout of c), c the token's log ratio clipped on one side (GMPO, arXiv 2507.20673).
+
+    c = min(logp - old, epsilon_high) where A >= 0, else max(logp - old, -epsilon_low): the bounds are of the log ratio.
+    The gradient reaches every token that was not clipped. It needs ratio_level "sequence".
+    """
+
+    epsilon_low: float = 0.4
+    epsilon_high: float = 0.4
+
+    def __post_init__(self):
+        _check_number("epsilon_low", self.epsilon_low, 0.0)
+        _check_number("epsilon_high", self.epsilon_high, 0.0)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """-A r + penalty |logp - old|: the ratio without bounds; with a penalty as KL-Cov's tokens have it (2505.22617)."""
+
+    penalty: float = 0.0
+
+    def __post_init__(self):
+        _check_number("penalty", self.penalty, 0.0)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """0: the replacement of tokens that are to have no surrogate, and still their KL and entropy terms."""
+
+
+@dataclass(frozen=True)
 class CustomSurrogate:
     """A loss of your own: a PyTorch function of a batch's tokens, whose derivatives autograd finds.
 
@@ -154,8 +176,118 @@ class CustomSurrogate:
         _check_word("depends_on", self.depends_on, ("token", "rollout", "batch"))
 
 
-Surrogate = Union[Clip, Cispo, Sapo, Reinforce, CustomSurrogate]
-SURROGATES = (Clip, Cispo, Sapo, Reinforce, CustomSurrogate)
+Surrogate = Union[Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate]
+SURROGATES = (Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate)
+POLICY_METRICS = ("probability", "entropy")
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Weights of the k lowest or highest tokens of a scope by a metric, and of the other eligible tokens.
+
+    polarity: +1, -1 or None (any): whose tokens are eligible. Tokens that an earlier rule dropped are not.
+    metric, source: "probability" or "entropy", of the "old" (behaviour) or the "current" policy; or the name of one of
+        the caller's `scores`; or a function of the batch's tokens, t -> [N], as CustomSurrogate's (with source "old" it
+        may not read the current policy's log-probs and entropy; its result is a constant of the objective).
+    side, ratio, scope, rounding: which tokens are selected; see select_tokens.
+    threshold: of those, only the ones above it (side "high") or below (side "low"); ratio=1 leaves it alone.
+    quantile: instead of a share, whatever reaches this quantile of the batch's eligible tokens, ties included; scope
+        "batch".
+    selected_scale: weight of the selected tokens, a number or a schedule step -> value.
+    rest_scale: weight of the eligible tokens that were not selected; 0 drops them (a keep rule).
+    replacement: a surrogate of one token that takes the place of the objective's at the selected tokens.
+    """
+
+    polarity: int | None = None
+    metric: str | Callable[[Any], Any] = "probability"
+    source: str = "old"
+    side: str = "low"
+    ratio: float = 0.2
+    selected_scale: float | Schedule = 1.0
+    rest_scale: float = 1.0
+    scope: str = "rollout"
+    rounding: str = "floor"
+    threshold: float | None = None
+    quantile: float | None = None
+    replacement: Surrogate | None = None
+
+    def __post_init__(self):
+        if self.polarity not in (None, 1, -1):
+            raise ValueError(f"polarity must be 1, -1 or None; got {self.polarity!r}")
+        if not callable(self.metric) and not isinstance(self.metric, str):
+            raise TypeError(f"metric must be a name or a function; got {type(self.metric).__name__}")
+        _check_word("source", self.source, ("old", "current"))
+        check_selection(self.ratio, self.side, self.scope, self.rounding)
+        if not callable(self.selected_scale):
+            _check_number("selected_scale", self.selected_scale, 0.0)
+        _check_number("rest_scale", self.rest_scale, 0.0)
+        if self.threshold is not None:
+            _check_number("threshold", self.threshold, -math.inf)
+        if self.quantile is not None:
+            _check_number("quantile", self.quantile, 0.0, 1.0)
+            if self.scope != "batch":
+                raise ValueError(f"quantile is taken over the batch: scope must be 'batch'; got {self.scope!r}")
+        other = self.replacement
+        if other is not None and (not isinstance(other, SURROGATES) or isinstance(other, Gmpo)):
+            raise TypeError(f"replacement must be a surrogate of one token; got {type(other).__name__}")
+        if isinstance(other, CustomSurrogate) and other.depends_on != "token":
+            raise ValueError(f"replacement must be a surrogate of one token; got depends_on = {other.depends_on!r}")
+
+    @property
+    def reads_policy(self) -> bool:
+        """Whether the metric is of a policy, old or current, and not a score of the caller's."""
+        return callable(self.metric) or self.metric in POLICY_METRICS
+
+
+@dataclass(frozen=True)
+class OffPolicyMask:
+    """0 for the rollouts with A < 0 whose mean of old - logp is above a threshold, else 1 (DeepSeek-V3.2, 2512.02556).
+
+    As in the paper and in TRL only the surrogate is masked: denominators and KL term stay.
+    """
+
+    threshold: float
+
+    def __post_init__(self):
+        _check_number("threshold", self.threshold, 0.0)
+
+
+@dataclass(frozen=True)
+class Vespo:
+    """exp(lambda + k log w - lambda w) of the rollout's ratio w, 1 at w = 1 (VESPO, arXiv 2602.10693, as in TRL).
+
+    log w is the sum over the rollout's tokens of the log ratio, each clamped to +-20, and of the logarithms of the
+    importance weights, which are then not multiplied again, clamped to [log 1e-8, 20]. k and lambda by the sign of A.
+    """
+
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+
+    def __post_init__(self):
+        for name in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
+            _check_number(name, getattr(self, name), 0.0)
+
+
+@dataclass(frozen=True)
+class Topr:
+    """1 where A >= 0, else the ratio clamped to [low, high] (TOPR, arXiv 2503.14286).
+
+    level: the ratio of the "sequence", a product as in the paper, its "geometric" mean, or the "token"'s (Trinity).
+    """
+
+    level: str = "sequence"
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        _check_word("level", self.level, ("sequence", "geometric", "token"))
+        _check_number("low", self.low, 0.0)
+        _check_number("high", self.high, self.low)
+
+
+RatioWeight = Union[OffPolicyMask, Vespo, Topr]
 
 
 @dataclass(frozen=True)
@@ -182,8 +314,11 @@ class Objective:
     """A policy objective, to be minimised.
 
     shaping: PolarityWeights and TokenRules, multiplied in the order listed.
-    surrogate: Clip, Cispo, Sapo, Reinforce or a CustomSurrogate.
-    ratio_level: "token", or "sequence" for the ratio exp(mean over the rollout of logp - old) (GSPO, arXiv 2507.18071).
+    surrogate: one of SURROGATES.
+    ratio_level: "token", or "sequence" for the ratio exp(mean over the rollout of logp - old) (GSPO, arXiv 2507.18071),
+        or "sequence-token" for that value with each token's own derivative (GSPO-token).
+    ratio_weights: factors of the surrogate that read the ratio, without a gradient: OffPolicyMask, Vespo, Topr.
+    log_ratio_coef: coefficient of (logp - old)^2 (Kimi K2.5, arXiv 2602.02276; prime-rl), not importance-weighted.
     kl_coef, kl_estimator: coefficient and estimator of the KL term to the reference policy: k1, k2, k3, or k3-ratio, k3
         times the token's ratio r and differentiated through it, which is unbiased off-policy (DeepSeek-V3.2, arXiv
         2512.02556; TRL's use_bias_correction_kl). The latter needs ratio_level "token".
@@ -198,6 +333,8 @@ class Objective:
     shaping: tuple[PolarityWeights | TokenRule, ...] = ()
     surrogate: Surrogate = field(default_factory=Clip)
     ratio_level: str = "token"
+    ratio_weights: tuple[RatioWeight, ...] = ()
+    log_ratio_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_clamp: float | None = None
@@ -214,8 +351,17 @@ class Objective:
         if not isinstance(self.surrogate, SURROGATES):
             takes = ", ".join(kind.__name__ for kind in SURROGATES)
             raise TypeError(f"surrogate must be one of {takes}; got {type(self.surrogate).__name__}")
-        _check_word("ratio_level", self.ratio_level, ("token", "sequence"))
-        if self.ratio_level == "sequence" and isinstance(self.surrogate, CustomSurrogate):
+        object.__setattr__(self, "ratio_weights", tuple(self.ratio_weights))
+        for weight in self.ratio_weights:
+            if not isinstance(weight, (OffPolicyMask, Vespo, Topr)):
+                raise TypeError(f"ratio_weights takes OffPolicyMask, Vespo and Topr; got {type(weight).__name__}")
+        _check_word("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
+        if isinstance(self.surrogate, Gmpo) and self.ratio_level != "sequence":
+            raise ValueError(f"Gmpo is of the rollout: ratio_level must be 'sequence'; got {self.ratio_level!r}")
+        if isinstance(self.surrogate, Dppo) and self.ratio_level != "token":
+            raise ValueError(f"Dppo is of the token: ratio_level must be 'token'; got {self.ratio_level!r}")
+        _check_number("log_ratio_coef", self.log_ratio_coef, 0.0)
+        if self.ratio_level != "token" and isinstance(self.surrogate, CustomSurrogate):
             raise ValueError("ratio_level 'sequence' is t.rollout_mean(t.log_ratio) in a CustomSurrogate's function")
         if self.low_probability is not None and isinstance(self.surrogate, CustomSurrogate):
             raise ValueError("low_probability replaces the loss of some tokens, which a CustomSurrogate writes itself")
@@ -223,8 +369,8 @@ class Objective:
         _check_word("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if self.kl_clamp is not None:
             _check_number("kl_clamp", self.kl_clamp, 0.0, above=True)
-        if self.kl_estimator == "k3-ratio" and self.ratio_level == "sequence":
-            raise ValueError("kl_estimator 'k3-ratio' needs ratio_level 'token'; got 'sequence'")
+        if self.kl_estimator == "k3-ratio" and self.ratio_level != "token":
+            raise ValueError(f"kl_estimator 'k3-ratio' needs ratio_level 'token'; got {self.ratio_level!r}")
         _check_number("entropy_coef", self.entropy_coef, -math.inf)
         if self.low_probability is not None and not isinstance(self.low_probability, MinPRegularizer):
             raise TypeError(f"low_probability must be a MinPRegularizer; got {type(self.low_probability).__name__}")

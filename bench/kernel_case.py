@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 _FP64 = (
     "exponent_scale", "logit_scale", "softcap", "log2_min_p", "low", "high", "dual_clip", "delta", "tau_positive",
-    "tau_negative", "kl_coef", "entropy_coef", "beta", "kl_clamp", "positive", "negative", "neutral",
-    "divisor", "max_length", "weight", "scale_a", "scale_b", "rest_a", "rest_b",
+    "tau_negative", "kl_coef", "entropy_coef", "beta", "kl_clamp", "log_ratio_coef", "penalty", "positive", "negative",
+    "neutral", "divisor", "max_length", "weight", "scale_a", "scale_b", "rest_a", "rest_b",
 )  # fmt: skip
 _INT32 = (
     "n_columns", "n_rows", "n_parts", "rows_per_batch", "blocks", "blocks_per_program", "column_stride",

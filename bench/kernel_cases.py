@@ -84,7 +84,8 @@ _OPTIONAL = ("reference_ptr", "importance_ptr", "proxy_ptr", "replaced_ptr", "d_
 
 def _terms_case(name: str, absent: tuple[str, ...] = _OPTIONAL, **constants) -> Case:
     block = policy_terms._BLOCK
-    defaults = {"KIND": "clip", "SEQUENCE": False, "ESTIMATOR": "k3", "BLOCK": block, "COMPUTE": tl.float32}
+    words = {"KIND": "clip", "SEQUENCE": False, "OWN": False, "ESTIMATOR": "k3"}
+    defaults = {**words, "BLOCK": block, "COMPUTE": tl.float32}
     merged = {**dict.fromkeys(absent), **defaults, **constants}
     pointers = {"rollout_ptr": "*i32"}
     registers = policy_terms.REGISTERS

@@ -17,8 +17,8 @@ from a3po_kernels.backends.triton.policy_terms import policy_metrics_kernel, pol
 from a3po_kernels.backends.triton.scaling import scale_kernel
 from a3po_kernels.backends.triton.selection import token_rules_kernel
 from a3po_kernels.backends.triton.tokens import normalizer_kernel, read_tokens_kernel
+from a3po_kernels.ops import linear_min_p, min_p, select_tokens, surrogate, token_logprobs, tokens
 from a3po_kernels.ops import linear_token_logprobs as linear
-from a3po_kernels.ops import min_p, select_tokens, surrogate, token_logprobs, tokens
 
 
 def small(device, dtype=torch.float64):
@@ -198,16 +198,19 @@ def test_opcheck(backend, device):
     rules = ([ones, ones], [1, 0, 0, 0, -1, 1, 1, 1], [0.2, 1.0, 2.0, 0.3, 0.0, 0.0], [ones[0]])
     torch.library.opcheck(tokens._apply_rules, (ones, ones, offsets, *rules, backend))
     logp, entropy = stats[0].requires_grad_(), stats[1].requires_grad_()
-    numbers = [0.8, 1.28, float("inf"), float("inf"), 1.0, 1.0, 0.0, 0.1, 0.0, float("inf")]
+    numbers = [0.8, 1.28, float("inf"), float("inf"), 1.0, 1.0, 0.0, 0.1, 0.0, float("inf"), 0.0, 0.0]
     rollout = torch.zeros(10, dtype=torch.int32, device=device)
     torch.library.opcheck(
         surrogate._policy_terms,
         (
             logp, entropy, ones > 0, rollout, ones, ones, ones, None, None, None, None, None, None, offsets,
-            per_rollout * 5, per_rollout / 10, None, 1.0, "clip", False, "k3", numbers, True, backend,
+            per_rollout * 5, per_rollout / 10, None, 1.0, "clip", False, False, "k3", numbers, True, backend,
         ),
     )  # fmt: skip
+    torch.library.opcheck(surrogate._with_coefficients, (logp, entropy, logp.detach().sum(), ones, ones))
     hidden, weight = torch.randn(10, 4, device=device), torch.randn(9, 4, device=device)
+    proxy = (hidden, weight, None, None, None, flat % 8, 1.0, 8, torch.float32, 0.1, 1.0, 5.0, -100, 200, -1, backend)
+    torch.library.opcheck(linear_min_p._linear_min_p, proxy)
     lora = (torch.randn(2, 4, device=device), torch.randn(9, 2, device=device))
     leaves = [x.requires_grad_() for x in (hidden, weight, torch.randn(9, device=device), *lora)]
     targets = flat % 8

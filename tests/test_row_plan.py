@@ -134,6 +134,36 @@ def test_fewer_rows_by_number_alone(name, backend, device, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_a_rollouts_ratio_keeps_every_row(backend, device, monkeypatch):
+    """The gradient of a rollout's ratio reaches the tokens that a rule drops: their number bounds nothing then."""
+    from a3po_kernels.losses import one_pass
+
+    batch, hidden, weight = linear_inputs(2, device)
+    batch.keywords.pop("min_p_logprobs")
+    rule = TokenRule(metric="entropy", source="current", side="high", ratio=0.3, rest_scale=0.0)
+    objective = Objective(shaping=(rule,), ratio_level="sequence")
+    _, expected = run(batch, hidden, weight, objective, backend, route="recompute")
+    monkeypatch.setattr(one_pass, "_counts_freely", lambda device: False)
+    _, found = run(batch, hidden, weight, objective, backend, route="one-pass")
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_chunks_of_whole_rollouts_hold_the_last(backend, device):
+    """Every row, two padded rollouts a chunk: the last one is in the last chunk."""
+    batch, hidden, weight = linear_inputs(6, device)
+    batch.keywords = keywords_for("gspo", batch.keywords)
+    batch.keywords["mask"] = torch.ones_like(batch.keywords["mask"])
+    batch.keywords.update({name: x.nan_to_num(0.5) for name, x in batch.keywords.items() if x.is_floating_point()})
+    objective = a3po_kernels.gspo(entropy_coef=0.1)
+    _, expected = run(batch, hidden, weight, objective, backend, route="recompute")
+    options = {"compaction": "none", "max_chunk_bytes": 22 * 37 * 8}
+    _, found = run(batch, hidden, weight, objective, backend, route="one-pass", **options)
+    assert expected[0][-1].any()
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_a_wrong_plan_is_refused(backend, device):
     batch, hidden, weight = linear_inputs(1, device)
     batch.keywords.pop("min_p_logprobs")

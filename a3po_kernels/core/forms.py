@@ -21,13 +21,16 @@ METRICS = (
 class SurrogateForm(NamedTuple):
     """What the loss of a token is. Words choose code, numbers are run-time values.
 
-    kind: "clip", "cispo", "sapo", "reinforce", or "none" where something else finds that part of the loss; low, high:
-    bounds of the ratio (cispo: low 0 is none); dual_clip, delta, kl_clamp: inf is none; tau_positive, tau_negative:
-    SAPO's; beta: weight of the replacement regulariser.
+    kind: "clip", "cispo", "sapo", "reinforce", "dppo-tv", "dppo-kl", "gmpo", "ratio", or "none" where something else
+    finds that part of the loss. sequence: the ratio is the rollout's; own_gradient: differentiated as each token's own.
+    low, high: bounds of the ratio (cispo: low 0 is none), of the divergence (dppo) or of the log ratio (gmpo);
+    dual_clip (dppo: the ratio's cap), delta, kl_clamp: inf is none; tau_positive, tau_negative: SAPO's; beta: weight of
+    the replacement regulariser; log_ratio_coef: of the squared log ratio to the behaviour policy; penalty: of its size.
     """
 
     kind: str
     sequence: bool
+    own_gradient: bool
     kl_estimator: str
     low: float
     high: float
@@ -39,10 +42,12 @@ class SurrogateForm(NamedTuple):
     entropy_coef: float
     beta: float
     kl_clamp: float
+    log_ratio_coef: float
+    penalty: float
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        return self[3:]
+        return self[4:]
 
 
 class RuleForm(NamedTuple):

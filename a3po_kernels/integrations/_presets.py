@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..named_objectives import presets
-from ..objectives import Objective
+from ..objectives import Clip, Objective
 
-_EVERY = {"kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level"}
+_EVERY = {
+    "kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level", "log_ratio_coef",
+    "ratio_weights",
+}  # fmt: skip
 _CLIP = {"epsilon_low", "epsilon_high", "dual_clip", "delta"}
 
 
@@ -19,7 +22,8 @@ def preset_keywords(name: str) -> set[str]:
         raise ValueError(f"objective must be an Objective or one of {', '.join(presets)}; got {name!r}")
     parameters = inspect.signature(presets[name]).parameters.values()
     own = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return own | _EVERY | (set() if name in ("cispo", "sapo") else _CLIP)
+    clips = isinstance(presets[name]().surrogate, Clip)
+    return own | _EVERY | (_CLIP if clips else set())
 
 
 def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> Objective:

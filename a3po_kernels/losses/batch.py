@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..core.checks import check_floating, check_temperature
 from ..core.layout import TokenLayout
 from ..core.operators import reads_values
-from ..objectives import Objective, PolarityWeights, TokenRule
+from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
 from ..ops.token_logprobs import check_targets
 from ..ops.tokens import read_tokens
 
@@ -32,6 +33,7 @@ class TokenArguments(NamedTuple):
     step: Any = 0
     denominator: Any = None
     max_length: Any = None
+    scores: Any = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class TokenBatch:
 
     targets: int64, ignore_index where no token is (None without logits). offsets: int64 [S + 1] of the rollouts,
     rollout: int32 [N], counts: [S] tokens of each. weights: the factors of the objective's leading PolarityWeights.
-    divisor, max_length: what the aggregation divides by, where the caller says.
+    divisor, max_length: what the aggregation divides by, where the caller says. scores: the caller's, by name.
+    position: int64, the place in its rollout; None where no function of the tokens may ask for it.
     """
 
     layout: TokenLayout
@@ -60,6 +63,8 @@ class TokenBatch:
     step: Any
     denominator: Tensor | float | None
     max_length: float
+    scores: dict[str, Tensor]
+    position: Tensor | None
 
     @classmethod
     def read(
@@ -90,17 +95,33 @@ class TokenBatch:
             read.polarity, layout.flat(given.old_logprobs, dtype), layout.flat(given.old_entropy, dtype),
             layout.flat(given.ref_logprobs, dtype), read.importance, layout.flat(given.min_p_logprobs, dtype),
             as_number(given.step, layout.offsets.device), as_number(given.denominator, layout.offsets.device), length,
+            {name: values.detach().reshape(-1).to(dtype) for name, values in (given.scores or {}).items()},
+            _positions(layout, read.rollout) if calls_functions(objective) else None,
         )  # fmt: skip
 
     def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:
         """Some rows, in the rollouts that `offsets` cut them into."""
         per_token = (
             "targets", "tokens", "rollout", "weights", "advantages", "polarity", "old", "old_entropy", "reference",
-            "importance", "proxy",
+            "importance", "proxy", "position",
         )  # fmt: skip
         given: dict[str, Any] = {name: getattr(self, name) for name in per_token}
         given = {name: None if values is None else values[rows] for name, values in given.items()}
-        return replace(self, offsets=offsets, **given)
+        scores = {name: values[rows] for name, values in self.scores.items()}
+        return replace(self, offsets=offsets, scores=scores, **given)
+
+
+def _positions(layout: TokenLayout, rollout: Tensor) -> Tensor:
+    rows = torch.arange(layout.count, device=rollout.device)
+    starts = layout.offsets[rollout.long()] if layout.rollouts else rows
+    return rows - starts
+
+
+def calls_functions(objective: Objective) -> bool:
+    """Whether a surrogate or a rule's metric is a function of the batch's tokens."""
+    rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule)]
+    surrogates = [objective.surrogate, *(rule.replacement for rule in rules)]
+    return any(isinstance(x, CustomSurrogate) for x in surrogates) or any(callable(rule.metric) for rule in rules)
 
 
 def as_number(value: Any, device: torch.device) -> Any:
@@ -165,6 +186,18 @@ def _max_length(objective: Objective, layout: TokenLayout, max_length: Any, deno
     return float(layout.shape[1])
 
 
+def _check_scores(layout: TokenLayout, objective: Objective, scores: Any) -> None:
+    """Raises unless scores are per-token tensors by name, and hold what the rules ask for."""
+    if scores is not None and not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be a mapping of names to per-token tensors; got {type(scores).__name__}")
+    for name, values in (scores or {}).items():
+        layout.check_per_token(f"scores[{name!r}]", values)
+    for rule in objective.shaping:
+        if isinstance(rule, TokenRule) and not rule.reads_policy and rule.metric not in (scores or {}):
+            known = ", ".join(map(repr, scores or {})) or "none"
+            raise ValueError(f"a rule's metric is {rule.metric!r}: give scores={{{rule.metric!r}: ...}}; got {known}")
+
+
 def _check(layout: TokenLayout, objective: Objective, given: TokenArguments, validate: bool) -> float:
     """Everything that can be wrong with the arguments; gives the length of seq-mean-token-sum-norm."""
     device = layout.offsets.device
@@ -181,6 +214,7 @@ def _check(layout: TokenLayout, objective: Objective, given: TokenArguments, val
         if (values := getattr(given, name)) is not None:
             layout.check_per_token(name, values)
     layout.check_mask(given.mask, validate)
+    _check_scores(layout, objective, given.scores)
     _check_scalar("step", given.step, device)
     denominator = given.denominator
     if denominator is not None:

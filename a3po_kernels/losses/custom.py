@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,88 +10,11 @@ from torch import Tensor
 
 from ..core.forms import METRICS
 from ..core.operators import runs_plainly
-from ..core.segments import segment_sum
 from ..objectives import CustomSurrogate
 from ..ops.surrogate import PolicyTerms, with_coefficients
 from ..ops.token_logprobs import TokenStats
 from .batch import TokenBatch
-
-
-class TokenValues:
-    """What a function of a batch's tokens reads: flat [N], in the statistics' dtype, 0 where a row is no token.
-
-    An attribute that the caller gave nothing for raises ValueError when it is read.
-    """
-
-    def __init__(
-        self, mask: Tensor, rollout: Tensor, offsets: Tensor, counts: Tensor, given: Mapping[str, Tensor | None]
-    ):
-        self.mask = mask
-        self.read: set[str] = set()
-        self._rollout, self._offsets, self._counts, self._given = rollout, offsets, counts, given
-
-    def _value(self, name: str) -> Tensor:
-        self.read.add(name)
-        value = self._given.get(name)
-        if value is None:
-            raise ValueError(f"a function of the batch's tokens reads {name}, which was not given")
-        return torch.where(self.mask, value, torch.zeros_like(value))
-
-    @property
-    def logprobs(self) -> Tensor:
-        """Of the current policy (nats), differentiable."""
-        return self._value("logprobs")
-
-    @property
-    def old_logprobs(self) -> Tensor:
-        """Of the behaviour policy; the current ones, without a gradient, on-policy."""
-        return self._value("old_logprobs")
-
-    @property
-    def ref_logprobs(self) -> Tensor:
-        return self._value("ref_logprobs")
-
-    @property
-    def entropy(self) -> Tensor:
-        """Of the current policy (nats), differentiable."""
-        return self._value("entropy")
-
-    @property
-    def advantages(self) -> Tensor:
-        """Shaped: the weights are in them."""
-        return self._value("advantages")
-
-    @property
-    def weights(self) -> Tensor:
-        return self._value("weights")
-
-    @property
-    def polarity(self) -> Tensor:
-        return self._value("polarity")
-
-    @property
-    def selected(self) -> Tensor:
-        """Bool: selected by any TokenRule."""
-        return self._value("selected")
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """logprobs - old_logprobs."""
-        return self.logprobs - self.old_logprobs
-
-    @property
-    def ratio(self) -> Tensor:
-        """exp(log_ratio), of the log ratio clamped to +-20."""
-        return self.log_ratio.clamp(-20.0, 20.0).exp()
-
-    def rollout_sum(self, values: Tensor) -> Tensor:
-        """[N]: at each row the sum over its rollout's tokens."""
-        masked = torch.where(self.mask, values, torch.zeros_like(values))
-        return segment_sum(masked, self._offsets)[self._rollout]
-
-    def rollout_mean(self, values: Tensor) -> Tensor:
-        """[N]: at each row the mean over its rollout's tokens."""
-        return self.rollout_sum(values) / self._counts.clamp(min=1.0)[self._rollout]
+from .token_values import TokenValues
 
 
 def _loss(surrogate: CustomSurrogate, values: TokenValues) -> Tensor:
@@ -126,7 +49,8 @@ def _check_dependence(surrogate: CustomSurrogate, device: torch.device) -> bool:
         given = {
             "logprobs": logp, "old_logprobs": logp + normal(0.3 * spread), "ref_logprobs": logp + normal(0.3 * spread),
             "entropy": normal(1.0).abs(), "advantages": sign * (0.5 + normal(spread).abs()), "polarity": sign,
-            "weights": 1.0 + normal(0.1).abs(), "selected": normal(1.0) > 0,
+            "weights": 1.0 + normal(0.1).abs(), "selected": normal(1.0) > 0, "old_entropy": normal(1.0).abs(),
+            "position": torch.tensor([0, 1, 2, 0, 0, 1, 2, 3], device=device),
         }  # fmt: skip
         rows = torch.arange(count, device=device)
         whole = _loss(surrogate, _example(rows, lengths, given))
@@ -152,9 +76,9 @@ def check_custom(surrogate: CustomSurrogate, device: torch.device) -> None:
 
 def custom_terms(
     surrogate: CustomSurrogate, batch: TokenBatch, stats: TokenStats, weights: Tensor, selected: Tensor | None,
-    scale: Tensor, others: PolicyTerms, has_entropy: bool,
+    scale: Tensor, has_entropy: bool,
 ) -> PolicyTerms:  # fmt: skip
-    """Adds the surrogate's loss and coefficients to those of the other terms (regularisers, metrics)."""
+    """The surrogate's loss and coefficients, attached to nothing; without metrics."""
     tokens = batch.tokens
     kept = tokens & (weights != 0)
     rollout = batch.rollout.long()
@@ -165,36 +89,30 @@ def custom_terms(
         check_custom(surrogate, tokens.device)
     seen: set[str] = set()
 
-    given = {
-        "old_logprobs": stats.logprobs.detach() if batch.old is None else batch.old, "ref_logprobs": batch.reference,
-        "advantages": batch.advantages * weights, "weights": weights, "polarity": batch.polarity.sign(),
-        "selected": torch.zeros_like(tokens) if selected is None else selected,
-    }  # fmt: skip
-
     def total(logp: Tensor, entropy: Tensor) -> Tensor:
-        values = TokenValues(
-            tokens, rollout, batch.offsets, batch.counts,
-            {**given, "logprobs": logp, "entropy": entropy if has_entropy else None},
-        )  # fmt: skip
+        values = TokenValues.of(batch, weights, selected, logp, entropy if has_entropy else None)
         loss = _loss(surrogate, values)
         seen.update(values.read)
         return (torch.where(kept, loss.to(logp.dtype), 0.0) * factor).sum()
 
     loss, d_logp, d_entropy = _derivatives(total, stats)
     # What a row without a token is given by the function is nothing.
-    d_logp = torch.where(tokens, d_logp, 0.0) + others.d_logp
-    if "entropy" in seen:
-        d_entropy = torch.where(tokens, d_entropy, 0.0)
-        d_entropy = d_entropy + others.d_entropy if others.d_entropy.numel() else d_entropy
-    else:
-        d_entropy = others.d_entropy
-    active = d_logp != 0
-    if d_entropy.numel():
-        active = active | (d_entropy != 0)
-    attached = with_coefficients(stats.logprobs, stats.entropy, others.loss.detach() + loss, d_logp, d_entropy)
-    share = active.sum() / batch.counts.sum().clamp(min=1.0)
+    d_entropy = torch.where(tokens, d_entropy, 0.0) if "entropy" in seen else d_entropy[:0]
+    return PolicyTerms(loss, torch.where(tokens, d_logp, 0.0), d_entropy, loss.new_zeros(len(METRICS)))
+
+
+def join_terms(stats: TokenStats, parts: Sequence[PolicyTerms], counts: Tensor) -> PolicyTerms:
+    """The sum of terms, differentiable in the statistics; the metrics are the last one's."""
+    loss = torch.stack([part.loss.detach() for part in parts]).sum()
+    d_logp = torch.stack([part.d_logp for part in parts]).sum(0)
+    with_entropy = [part.d_entropy for part in parts if part.d_entropy.numel()]
+    d_entropy = torch.stack(with_entropy).sum(0) if with_entropy else d_logp[:0]
+    active = d_logp != 0 if not with_entropy else (d_logp != 0) | (d_entropy != 0)
+    share = active.sum() / counts.sum().clamp(min=1.0)
     at = torch.arange(len(METRICS), device=share.device) == METRICS.index("active_fraction")
-    return PolicyTerms(attached, d_logp, d_entropy, torch.where(at, share, others.metrics))
+    metrics = torch.where(at, share, parts[-1].metrics)
+    attached = with_coefficients(stats.logprobs, stats.entropy, loss, d_logp, d_entropy)
+    return PolicyTerms(attached, d_logp, d_entropy, metrics)
 
 
 def _derivatives(total: Callable[[Tensor, Tensor], Tensor], stats: TokenStats) -> tuple[Tensor, Tensor, Tensor]:

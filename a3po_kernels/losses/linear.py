@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,8 @@ from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
 from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread
-from .stages import PolicyLossOutput, current_rules, loss_scale, policy_output, shape, token_terms
+from .shaping import current_rules, shape
+from .stages import PolicyLossOutput, loss_scale, policy_output, token_terms
 
 ROUTES = ("auto", "one-pass", "recompute")
 
@@ -58,6 +60,7 @@ def linear_policy_loss(
     old_entropy: Tensor | None = None,
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -115,7 +118,7 @@ def linear_policy_loss(
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length,
+        denominator, max_length, scores,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.vocabulary,
@@ -162,6 +165,7 @@ def linear_policy_loss(
         mode = EXACT if chosen == EXACT and hidden.device.type == "cpu" else EVERY
         proxy = linear_min_p_unchecked(head, candidates, kappa, transform, max_bytes, mode, backend)
         batch = replace(batch, proxy=proxy)
+    counted = None if shaped is None else shaped.weights  # also a token whose statistics nobody needs is divided by
     if statistics == "active":
         flat_targets = torch.where(computed, flat_targets, ignore_index)
         # What is not computed leaves the objective, as a token that shaping drops.
@@ -183,8 +187,8 @@ def linear_policy_loss(
             )
     if tiles is not None and plan is not None and tiles.total_rows:
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.
-        weights = batch.weights if shaped is None else shaped.weights
-        scale = scale_of if unit == "batch" and shaped is None else scale_of(weights)
+        known = batch.weights if counted is None else counted
+        scale = scale_of if unit == "batch" and counted is None else scale_of(known)
         with torch.no_grad(), without_autocast(hidden.device):
             found = one_pass(
                 head, objective, replace(batch, tokens=computed), transform, plan, tiles, unit, shaped, scale, wanted,
@@ -199,7 +203,7 @@ def linear_policy_loss(
     )
     batch = replace(batch, tokens=computed)
     shaped = shape(objective, batch, stats, backend) if shaped is None else shaped
-    scale = scale_of(shaped.weights)
+    scale = scale_of(shaped.weights if counted is None else counted)
     terms = token_terms(objective, batch, stats, shaped, scale, backend)
     taken = "recompute" if any(wanted) else "statistics"
     return policy_output(batch, terms.loss, stats, shaped.weights, terms.metrics, taken)

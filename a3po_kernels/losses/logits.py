@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,30 +15,26 @@ from ..core.checks import as_rows, check_rows, compute_dtype
 from ..core.layout import token_layout
 from ..core.operators import runs_plainly
 from ..core.transform import Transform
-from ..objectives import CustomSurrogate, Objective
+from ..objectives import CustomSurrogate, Objective, TokenRule
 from ..ops.min_p import min_p_rows_of
 from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
 from ..ops.token_logprobs import TokenStats, check_no_overlap, token_statistics
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
-from .stages import (
-    PolicyLossOutput,
-    current_rules,
-    loss_scale,
-    policy_inputs,
-    policy_output,
-    shape,
-    surrogate_form,
-    token_terms,
-)
+from .shaping import current_rules, shape
+from .stages import PolicyLossOutput, loss_scale, policy_inputs, policy_output, surrogate_form, token_terms
 
 ROUTES = ("auto", "one-launch", "two-stage")
 
 
 def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor) -> str | None:
     """Why a token's gradient cannot be formed beside its statistics; None where it can."""
-    if objective.ratio_level == "sequence":
+    if objective.ratio_level != "token":
         return "the ratio is the rollout's"
+    if objective.ratio_weights:
+        return "a factor of the surrogate reads the current ratio"
+    if any(isinstance(rule, TokenRule) and rule.replacement is not None for rule in objective.shaping):
+        return "a rule replaces the surrogate of some tokens"
     if isinstance(objective.surrogate, CustomSurrogate):
         return "autograd finds the coefficients of a CustomSurrogate"
     if objective.low_probability is not None:
@@ -66,6 +63,7 @@ def policy_loss(
     old_entropy: Tensor | None = None,
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -97,6 +95,7 @@ def policy_loss(
         old_entropy: per token (nats), for rules on the old policy's entropy.
         min_p_logprobs: per token, min_p_token_logprobs of the old policy, for Lp-Reg; on-policy it is computed.
         importance_weights: per rollout or per token, constant factors of the surrogate (trainer/rollout mismatch).
+        scores: per-token tensors by name, for rules whose metric is one of the names.
         step: training step of the schedules, a number or a 0-d tensor.
         denominator: replaces what the aggregation divides by, a number or a 0-d tensor: e.g. the token (or rollout)
             count over all ranks and accumulation steps. Nothing is reduced over ranks here.
@@ -139,7 +138,7 @@ def policy_loss(
         check_no_overlap(logits)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length,
+        denominator, max_length, scores,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=logits.shape[-1],

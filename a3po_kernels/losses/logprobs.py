@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ from ..objectives import Objective
 from ..ops.token_logprobs import TokenStats
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
-from .stages import PolicyLossOutput, current_rules, loss_scale, policy_output, shape, token_terms
+from .shaping import current_rules, shape
+from .stages import PolicyLossOutput, loss_scale, policy_output, token_terms
 
 
 def logprob_policy_loss(
@@ -30,6 +33,7 @@ def logprob_policy_loss(
     old_entropy: Tensor | None = None,
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -64,7 +68,7 @@ def logprob_policy_loss(
         raise ValueError("Lp-Reg needs min_p_logprobs of the old policy, which log-probs alone do not give; got None")
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length,
+        denominator, max_length, scores,
     )  # fmt: skip
     dtype = compute_dtype(logprobs.dtype)
     batch = TokenBatch.read(layout, objective, given, dtype, backend, validate=validate)

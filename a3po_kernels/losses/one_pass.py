@@ -26,7 +26,8 @@ from ..ops.one_launch import scale_gradient, write_statistics_and_gradient
 from ..ops.token_logprobs import TokenStats, empty_results, fold_statistics, write_gradient
 from .batch import TokenBatch
 from .rows import RowPlan
-from .stages import ShapedTokens, policy_inputs, shape, surrogate_form, token_terms
+from .shaping import ShapedTokens, shape
+from .stages import policy_inputs, surrogate_form, token_terms
 
 # Share of a chunk's rows without a gradient from which gathering the others costs less than multiplying all.
 _WORTH_GATHERING = 0.05
@@ -98,7 +99,7 @@ def _most_kept(objective: Objective, plan: RowPlan, rollouts: int) -> int:
     """No more rows than this have a gradient after the rules that drop tokens, from the numbers of rows alone."""
     most = plan.row_count
     own = isinstance(objective.surrogate, CustomSurrogate) and objective.surrogate.depends_on != "token"
-    if objective.ratio_level == "sequence" or own:
+    if objective.ratio_level != "token" or own:
         return most  # the gradient reaches the dropped tokens of a rollout too
     for rule in objective.shaping:
         if not isinstance(rule, TokenRule) or rule.rest_scale != 0 or rule.polarity is not None:
@@ -143,8 +144,9 @@ def one_pass(
         units = units_of(factor)
     # A rule that is known already was applied to more than the plan's rows.
     most = _most_kept(objective, plan, batch.offsets.numel() - 1) if shaped is None else plan.row_count
-    custom = isinstance(objective.surrogate, CustomSurrogate)
-    together = unit == "token" and objective.low_probability is None and my_shaped is not None and not custom
+    plain = not (isinstance(objective.surrogate, CustomSurrogate) or objective.ratio_weights)
+    plain = plain and objective.low_probability is None and my_shaped is not None and not my_shaped.replaced
+    together = unit == "token" and plain
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
         nonlocal factor, units
@@ -217,7 +219,8 @@ def _shaped_at(shaped: ShapedTokens | None, rows: slice | Tensor | None) -> Any:
     if shaped is None or rows is None:
         return shaped
     selected = None if shaped.selected is None else shaped.selected[rows]
-    return ShapedTokens(shaped.weights[rows], selected, shaped.beta)
+    replaced = tuple((chosen[rows], surrogate) for chosen, surrogate in shaped.replaced)
+    return ShapedTokens(shaped.weights[rows], selected, shaped.beta, replaced)
 
 
 class _Attach(torch.autograd.Function):

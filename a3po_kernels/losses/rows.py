@@ -12,8 +12,9 @@ from ..core.checks import check_tensor
 from ..core.layout import TokenLayout, token_layout
 from ..core.operators import runs_plainly
 from ..core.segments import segment_of, segment_sum, true_first
-from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
+from ..objectives import CustomSurrogate, Objective, PolarityWeights, Ratio, TokenRule
 from .batch import check_objective, check_polarity
+from .ratio_weights import reads_rollout
 
 UNITS = ("token", "rollout", "batch")
 
@@ -74,9 +75,11 @@ def dependence(objective: Objective, current: list[TokenRule]) -> str:
     if objective.low_probability is not None or own == "batch":
         return "batch"
     wide = any(isinstance(rule, TokenRule) and rule.scope != "rollout" for rule in objective.shaping)
+    wide = wide or any(callable(rule.metric) for rule in current)  # which may read the whole batch
     if current and (wide or objective.normalize_over == "selected"):
         return "batch"
-    return "rollout" if current or objective.ratio_level == "sequence" or own == "rollout" else "token"
+    together = objective.ratio_level != "token" or own == "rollout" or reads_rollout(objective)
+    return "rollout" if current or together else "token"
 
 
 def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
@@ -91,12 +94,17 @@ def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
     return tokens & some[rollout]
 
 
+def _moves_without_advantage(objective: Objective) -> bool:
+    """Whether a token may have a gradient where its advantage is 0."""
+    surrogates = [objective.surrogate, *(r.replacement for r in objective.shaping if isinstance(r, TokenRule))]
+    free = any(isinstance(x, CustomSurrogate) or (isinstance(x, Ratio) and x.penalty) for x in surrogates)
+    return bool(free or objective.kl_coef or objective.entropy_coef or objective.log_ratio_coef)
+
+
 def may_move(objective: Objective, tokens: Tensor, advantages: Tensor, polarity: Tensor) -> Tensor:
     """Bool [N]: the tokens whose own terms may have a gradient, from mask, advantages and polarity alone."""
     possible = tokens
-    # A function may have a gradient where the advantage is 0.
-    needs_advantage = not isinstance(objective.surrogate, CustomSurrogate)
-    if objective.kl_coef == 0 and objective.entropy_coef == 0 and needs_advantage:
+    if not _moves_without_advantage(objective):
         possible = possible & (advantages != 0)
     for rule in objective.shaping:
         if isinstance(rule, PolarityWeights):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..core.forms import METRICS, PolicyInputs, RuleForm, SurrogateForm
-from ..objectives import Cispo, Clip, CustomSurrogate, Objective, PolarityWeights, Sapo, TokenRule
+from ..core.forms import METRICS, PolicyInputs, SurrogateForm
+from ..objectives import Cispo, Clip, CustomSurrogate, Dppo, Gmpo, Nothing, Objective, Ratio, Sapo, Surrogate
 from ..ops.select_tokens import select_flat
 from ..ops.surrogate import PolicyTerms, policy_terms
 from ..ops.token_logprobs import TokenStats
-from ..ops.tokens import apply_rules, count_kept, normalizer, walks_batch
-from ..schedules import Value
-from .batch import TokenBatch, as_number, leading_weights
-from .custom import custom_terms
+from ..ops.tokens import count_kept, normalizer
+from .batch import TokenBatch
+from .custom import custom_terms, join_terms
+from .ratio_weights import importance_of
+from .shaping import ShapedTokens
 
 
 class PolicyLossOutput(NamedTuple):
@@ -35,23 +36,17 @@ class PolicyLossOutput(NamedTuple):
     route: str
 
 
-class ShapedTokens(NamedTuple):
-    """weights [N] (0: dropped or no token), selected [N] bool by any TokenRule (None without one), and beta."""
-
-    weights: Tensor
-    selected: Tensor | None
-    beta: Value
-
-
-def surrogate_form(objective: Objective) -> SurrogateForm:
-    """The objective's surrogate as the code words and run-time numbers of ops.surrogate."""
-    surrogate = objective.surrogate
+def surrogate_form(objective: Objective, surrogate: Surrogate | None = None) -> SurrogateForm:
+    """The objective, with another surrogate where one is given, as the code words and run-time numbers of a backend."""
+    surrogate = objective.surrogate if surrogate is None else surrogate
     form = SurrogateForm(
-        kind="reinforce", sequence=objective.ratio_level == "sequence", kl_estimator=objective.kl_estimator,
+        kind="reinforce", sequence=objective.ratio_level != "token",
+        own_gradient=objective.ratio_level == "sequence-token", kl_estimator=objective.kl_estimator,
         low=0.0, high=math.inf, dual_clip=math.inf, delta=math.inf, tau_positive=1.0, tau_negative=1.0,
         kl_coef=objective.kl_coef, entropy_coef=objective.entropy_coef,
         beta=0.0 if objective.low_probability is None else objective.low_probability.beta,
         kl_clamp=math.inf if objective.kl_clamp is None else objective.kl_clamp,
+        log_ratio_coef=objective.log_ratio_coef, penalty=0.0,
     )  # fmt: skip
     if isinstance(surrogate, Clip):
         return form._replace(
@@ -64,98 +59,17 @@ def surrogate_form(objective: Objective) -> SurrogateForm:
         return form._replace(kind="cispo", low=low, high=surrogate.epsilon_high)
     if isinstance(surrogate, Sapo):
         return form._replace(kind="sapo", tau_positive=surrogate.tau_positive, tau_negative=surrogate.tau_negative)
-    if isinstance(surrogate, CustomSurrogate):
+    if isinstance(surrogate, Dppo):
+        cap = math.inf if surrogate.ratio_cap is None else surrogate.ratio_cap
+        kind = f"dppo-{surrogate.divergence}"
+        return form._replace(kind=kind, low=surrogate.delta_low, high=surrogate.delta_high, dual_clip=cap)
+    if isinstance(surrogate, Gmpo):
+        return form._replace(kind="gmpo", low=surrogate.epsilon_low, high=surrogate.epsilon_high)
+    if isinstance(surrogate, Ratio):
+        return form._replace(kind="ratio", penalty=surrogate.penalty)
+    if isinstance(surrogate, (Nothing, CustomSurrogate)):
         return form._replace(kind="none")
     return form
-
-
-def reads_current(rule: TokenRule, batch: TokenBatch) -> bool:
-    """Whether a rule selects by the current policy; without a behaviour policy the current one is it."""
-    given = batch.old if rule.metric == "probability" else batch.old_entropy
-    return rule.source == "current" or given is None
-
-
-def current_rules(objective: Objective, batch: TokenBatch) -> list[TokenRule]:
-    """The rules that select by the current policy."""
-    return [rule for rule in objective.shaping if isinstance(rule, TokenRule) and reads_current(rule, batch)]
-
-
-def shape(objective: Objective, batch: TokenBatch, stats: TokenStats | None, backend: str) -> ShapedTokens:
-    """The tokens' weights, the rules' factors multiplied in the order listed.
-
-    stats, flat [N], may be None where no rule reads the current policy.
-    """
-
-    def metric(rule: TokenRule) -> Tensor:
-        if not reads_current(rule, batch):
-            given = batch.old if rule.metric == "probability" else batch.old_entropy
-        else:
-            assert stats is not None
-            given = stats.logprobs if rule.metric == "probability" else stats.entropy
-        assert given is not None
-        return given.detach()
-
-    weights = batch.weights
-    selected: Tensor | None = None
-    first_scale: Value | None = None
-    waiting: list[RuleForm] = []
-
-    def join(chosen: Tensor) -> None:
-        nonlocal selected
-        selected = chosen if selected is None else selected | chosen
-
-    def apply_waiting(weights: Tensor) -> Tensor:
-        if waiting:
-            weights, chosen = apply_rules(weights, batch.polarity, batch.offsets, waiting, backend)
-            join(chosen)
-            waiting.clear()
-        return weights
-
-    for rule in objective.shaping[leading_weights(objective) :]:
-        if isinstance(rule, PolarityWeights):
-            weights = apply_waiting(weights)
-            factor = torch.full_like(weights, rule.zero)
-            factor = factor.masked_fill(batch.polarity > 0, rule.positive)
-            weights = weights * factor.masked_fill(batch.polarity < 0, rule.negative)
-            continue
-        scale = rule.selected_scale(batch.step) if callable(rule.selected_scale) else rule.selected_scale
-        scale = as_number(scale, weights.device)
-        if isinstance(scale, Tensor):
-            scale = scale.to(weights.dtype)
-        first_scale = scale if first_scale is None else first_scale
-        form = RuleForm(
-            metric(rule), rule.polarity or 0, rule.side == "high", rule.rounding == "ceil", rule.ratio, scale,
-            rule.rest_scale,
-        )  # fmt: skip
-        count = weights.numel()
-        if rule.scope == "rollout":
-            waiting.append(form)
-            continue
-        weights = apply_waiting(weights)
-        if rule.scope == "batch" and walks_batch(count, weights.device, backend) and count:
-            offsets = torch.arange(0, count + 1, count, device=weights.device)
-            weights, chosen = apply_rules(weights, batch.polarity, offsets, [form], backend)
-        else:
-            weights, chosen = _apply_widely(rule, form, weights, batch, backend)
-        join(chosen)
-    weights = apply_waiting(weights)
-    return ShapedTokens(weights, selected, 1.0 if first_scale is None else first_scale)
-
-
-def _apply_widely(
-    rule: TokenRule, form: RuleForm, weights: Tensor, batch: TokenBatch, backend: str
-) -> tuple[Tensor, Tensor]:
-    """A rule over more tokens than one program should walk, or over other ranks too: (weights, selected)."""
-    eligible = weights != 0
-    if form.polarity:
-        eligible = eligible & (batch.polarity * form.polarity > 0)
-    chosen = select_flat(
-        form.metric, eligible, batch.offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,
-        rounding=rule.rounding, backend=backend,
-    )  # fmt: skip
-    if form.rest != 1.0:
-        weights = torch.where(eligible & ~chosen, weights * form.rest, weights)
-    return torch.where(chosen, weights * form.scale, weights), chosen
 
 
 def loss_scale(objective: Objective, batch: TokenBatch, weights: Tensor, backend: str) -> Tensor:
@@ -185,6 +99,30 @@ def token_terms(
 
     has_entropy: whether that of the statistics is one.
     """
+    if objective.ratio_weights:
+        batch = replace(batch, importance=importance_of(objective, batch, stats.logprobs))
+    if not shaped.replaced:
+        return _terms(objective, objective.surrogate, batch, stats, shaped, scale, backend, has_entropy)
+    # Each surrogate on its own tokens: a weight of 0 leaves the others out.
+    detached = TokenStats(stats.logprobs.detach(), stats.entropy.detach())
+    left = shaped.weights != 0
+    parts: list[tuple[Surrogate, Tensor]] = []
+    for chosen, surrogate in reversed(shaped.replaced):
+        parts.append((surrogate, left & chosen))
+        left = left & ~chosen
+    parts.append((objective.surrogate, left))
+
+    def of(surrogate: Surrogate, mine: Tensor) -> PolicyTerms:
+        some = shaped._replace(weights=shaped.weights * mine)
+        return _terms(objective, surrogate, batch, detached, some, scale, backend, has_entropy)
+
+    return join_terms(stats, [of(*part) for part in parts], batch.counts)
+
+
+def _terms(
+    objective: Objective, surrogate: Surrogate, batch: TokenBatch, stats: TokenStats, shaped: ShapedTokens,
+    scale: Tensor, backend: str, has_entropy: bool,
+) -> PolicyTerms:  # fmt: skip
     replaced = None
     if objective.low_probability is not None and batch.proxy is not None:
         logp = stats.logprobs.detach()
@@ -196,11 +134,13 @@ def token_terms(
         )  # fmt: skip
         replaced = lowest & (logp < batch.proxy)
     inputs = policy_inputs(objective, batch, shaped, scale, replaced)
-    form = surrogate_form(objective)
-    if not isinstance(objective.surrogate, CustomSurrogate):
+    form = surrogate_form(objective, surrogate)
+    if not isinstance(surrogate, CustomSurrogate):
         return policy_terms(stats.logprobs, stats.entropy, inputs, form, shaped.beta, backend)
     others = policy_terms(stats.logprobs.detach(), stats.entropy.detach(), inputs, form, shaped.beta, backend)
-    return custom_terms(objective.surrogate, batch, stats, shaped.weights, shaped.selected, scale, others, has_entropy)
+    own = custom_terms(surrogate, batch, stats, shaped.weights, shaped.selected, scale, has_entropy)
+    # The metrics are the others'.
+    return join_terms(stats, [own._replace(metrics=others.metrics), others], batch.counts)
 
 
 def policy_output(

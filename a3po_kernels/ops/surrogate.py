@@ -18,14 +18,14 @@ def _policy_terms(
     logp: Tensor, entropy: Tensor, tokens: Tensor, rollout: Tensor, weights: Tensor, advantages: Tensor,
     polarity: Tensor, old: Tensor | None, reference: Tensor | None, importance: Tensor | None, proxy: Tensor | None,
     replaced: Tensor | None, selected: Tensor | None, offsets: Tensor, counts: Tensor, scale: Tensor,
-    beta_tensor: Tensor | None, beta: float, kind: str, sequence: bool, kl_estimator: str, numbers: list[float],
-    has_bonus: bool, backend: str,
+    beta_tensor: Tensor | None, beta: float, kind: str, sequence: bool, own_gradient: bool, kl_estimator: str,
+    numbers: list[float], has_bonus: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], dL/dlogp [N], dL/dH [N] or [0] without an entropy bonus, METRICS, [0]) of flat [N] tensors.
 
     The last is nothing but a tensor that depends on what the loss does, see core.autograd.final.
     """
-    form = SurrogateForm(kind, sequence, kl_estimator, *numbers)
+    form = SurrogateForm(kind, sequence, own_gradient, kl_estimator, *numbers)
     inputs = PolicyInputs(
         tokens, rollout, weights, advantages, polarity, old, reference, importance, proxy, replaced, selected, offsets,
         counts, scale,
@@ -103,6 +103,6 @@ def policy_terms(
     tensor = beta if isinstance(beta, Tensor) else None
     *found, _ = _terms_plainly(
         logp, entropy, *inputs, tensor, 1.0 if tensor is not None else float(beta), form.kind, form.sequence,
-        form.kl_estimator, [float(x) for x in form.numbers], bool(form.entropy_coef), backend,
+        form.own_gradient, form.kl_estimator, [float(x) for x in form.numbers], bool(form.entropy_coef), backend,
     )  # fmt: skip
     return PolicyTerms(*found)

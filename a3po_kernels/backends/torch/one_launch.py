@@ -9,9 +9,9 @@ from ...core.checks import compute_dtype
 from ...core.forms import PolicyInputs, SurrogateForm
 from ...core.transform import LN2, Transform
 from .gradient import finish_gradient, row_slope
-from .policy_terms import loss_terms
 from .rows import Rows, capped, row_scale, uniformly
 from .statistics import Buffers, chunk_statistics, row_results
+from .token_loss import behaviour, loss_terms
 
 
 def write_statistics_and_gradient(
@@ -43,9 +43,10 @@ def write_statistics_and_gradient(
             result[rows] = values if work.index is not None else torch.where(mine, values, 0.0)
         weights = inputs.weights[rows]
         kept = mine & (weights != 0)
+        old, own = behaviour(logp, None if inputs.old is None else inputs.old[rows])
         terms = loss_terms(
             form, kept, logp, inputs.advantages[rows] * weights,
-            torch.zeros_like(logp) if inputs.old is None else logp - inputs.old[rows],
+            old, own, own,
             None if inputs.importance is None else inputs.importance[rows],
             None if inputs.reference is None else inputs.reference[rows],
         )  # fmt: skip

@@ -22,9 +22,9 @@ from .launch import (
     row_arguments,
     triton_dtype,
 )
-from .policy_terms import loss_terms
 from .statistics import RUN_TIME, lanes_of, load_target, row_results, row_statistics, store_zeros
 from .tiles import exponent_scale_of, row_pointer
+from .token_loss import loss_terms
 
 # Bytes of the gradient in flight for each lane, on the 16-byte grid and off it; measured on an H200.
 _BLOCK_BYTES_PER_LANE = {"aligned": 32, "shifted": 16, "strided": 16}
@@ -72,7 +72,7 @@ def one_launch_kernel(
     softcap: tl.float64, out_batch_stride: tl.int64, out_row_stride: tl.int64, out_column_stride, blocks: tl.int32,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64, delta: tl.float64, tau_positive: tl.float64,
     tau_negative: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64, beta: tl.float64,
-    kl_clamp: tl.float64,
+    kl_clamp: tl.float64, log_ratio_coef: tl.float64, penalty: tl.float64,
     KIND: tl.constexpr, ESTIMATOR: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LOADS: tl.constexpr, STORES: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
@@ -101,15 +101,18 @@ def one_launch_kernel(
         kept = weight != 0
         advantage = tl.load(advantages_ptr + row).to(COMPUTE) * weight
         divisor = tl.load(scale_ptr + tl.load(rollout_ptr + row)).to(COMPUTE)
-        log_ratio = tl.full((), 0.0, COMPUTE)
+        old = logp
+        log_ratio = tl.where(logp != logp, logp, 0.0)
         if old_ptr is not None:
-            log_ratio = logp - tl.load(old_ptr + row).to(COMPUTE)
+            old = tl.load(old_ptr + row).to(COMPUTE)
+            log_ratio = logp - old
         terms = loss_terms(
-            kept, logp, advantage, log_ratio, _value(importance_ptr, row, COMPUTE), _value(reference_ptr, row, COMPUTE),
-            False, 0.0, tl.full((), low, COMPUTE), tl.full((), high, COMPUTE), tl.full((), dual_clip, COMPUTE),
-            tl.full((), delta, COMPUTE), tl.full((), tau_positive, COMPUTE), tl.full((), tau_negative, COMPUTE),
-            tl.full((), kl_coef, COMPUTE), tl.full((), beta, COMPUTE), tl.full((), kl_clamp, COMPUTE), KIND, ESTIMATOR,
-            importance_ptr is not None, reference_ptr is not None, False,
+            kept, logp, advantage, old, log_ratio, log_ratio, _value(importance_ptr, row, COMPUTE),
+            _value(reference_ptr, row, COMPUTE), False, 0.0, tl.full((), low, COMPUTE), tl.full((), high, COMPUTE),
+            tl.full((), dual_clip, COMPUTE), tl.full((), delta, COMPUTE), tl.full((), tau_positive, COMPUTE),
+            tl.full((), tau_negative, COMPUTE), tl.full((), kl_coef, COMPUTE), tl.full((), beta, COMPUTE),
+            tl.full((), kl_clamp, COMPUTE), tl.full((), log_ratio_coef, COMPUTE), tl.full((), penalty, COMPUTE), KIND,
+            ESTIMATOR, importance_ptr is not None, reference_ptr is not None, False,
         )  # fmt: skip
         d_logp = (terms[2] + terms[1]) * divisor
         if HAS_ENTROPY:

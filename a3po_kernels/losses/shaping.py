@@ -1,0 +1,157 @@
+"""The weights of the tokens: polarity weights and token rules, multiplied in the order listed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.forms import RuleForm
+from ..objectives import Objective, PolarityWeights, Surrogate, TokenRule
+from ..ops.select_tokens import select_flat
+from ..ops.token_logprobs import TokenStats
+from ..ops.tokens import apply_rules, walks_batch
+from ..schedules import Value
+from .batch import TokenBatch, as_number, leading_weights
+from .token_values import TokenValues
+
+
+class ShapedTokens(NamedTuple):
+    """weights [N] (0: dropped or no token), selected [N] bool by any TokenRule (None without one), beta, and the tokens
+    [N] bool whose surrogate is another one, a later one's before an earlier one's."""
+
+    weights: Tensor
+    selected: Tensor | None
+    beta: Value
+    replaced: tuple[tuple[Tensor, Surrogate], ...] = ()
+
+
+def reads_current(rule: TokenRule, batch: TokenBatch) -> bool:
+    """Whether a rule selects by the current policy; without a behaviour policy the current one is it."""
+    if not rule.reads_policy:
+        return False
+    if callable(rule.metric):
+        return rule.source == "current"
+    given = batch.old if rule.metric == "probability" else batch.old_entropy
+    return rule.source == "current" or given is None
+
+
+def current_rules(objective: Objective, batch: TokenBatch) -> list[TokenRule]:
+    """The rules that select by the current policy."""
+    return [rule for rule in objective.shaping if isinstance(rule, TokenRule) and reads_current(rule, batch)]
+
+
+def _metric(
+    rule: TokenRule, batch: TokenBatch, stats: TokenStats | None, weights: Tensor, selected: Tensor | None
+) -> Tensor:
+    """What a rule selects by, [N], without a gradient."""
+    if callable(rule.metric):
+        current = stats if rule.source == "current" else None
+        logprobs, entropy = (None, None) if current is None else (x.detach() for x in current)
+        with torch.no_grad():
+            found = rule.metric(TokenValues.of(batch, weights, selected, logprobs, entropy))
+        if not isinstance(found, Tensor) or found.shape != weights.shape or not found.dtype.is_floating_point:
+            got = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"a rule's metric must give a floating-point tensor {list(weights.shape)}; got {got}")
+        return found.detach()
+    if not rule.reads_policy:
+        return batch.scores[rule.metric]
+    if reads_current(rule, batch):
+        assert stats is not None
+        return (stats.logprobs if rule.metric == "probability" else stats.entropy).detach()
+    given = batch.old if rule.metric == "probability" else batch.old_entropy
+    assert given is not None
+    return given.detach()
+
+
+def shape(objective: Objective, batch: TokenBatch, stats: TokenStats | None, backend: str) -> ShapedTokens:
+    """The tokens' weights, the rules' factors multiplied in the order listed.
+
+    stats, flat [N], may be None where no rule reads the current policy.
+    """
+    weights = batch.weights
+    selected: Tensor | None = None
+    first_scale: Value | None = None
+    waiting: list[RuleForm] = []
+    replaced: list[tuple[Tensor, Surrogate]] = []
+
+    def join(chosen: Tensor) -> None:
+        nonlocal selected
+        selected = chosen if selected is None else selected | chosen
+
+    def apply_waiting(weights: Tensor) -> Tensor:
+        if waiting:
+            weights, chosen = apply_rules(weights, batch.polarity, batch.offsets, waiting, backend)
+            join(chosen)
+            waiting.clear()
+        return weights
+
+    for rule in objective.shaping[leading_weights(objective) :]:
+        if isinstance(rule, PolarityWeights):
+            weights = apply_waiting(weights)
+            factor = torch.full_like(weights, rule.zero)
+            factor = factor.masked_fill(batch.polarity > 0, rule.positive)
+            weights = weights * factor.masked_fill(batch.polarity < 0, rule.negative)
+            continue
+        scale = rule.selected_scale(batch.step) if callable(rule.selected_scale) else rule.selected_scale
+        scale = as_number(scale, weights.device)
+        if isinstance(scale, Tensor):
+            scale = scale.to(weights.dtype)
+        first_scale = scale if first_scale is None else first_scale
+        if callable(rule.metric):
+            weights = apply_waiting(weights)  # which it may read
+        form = RuleForm(
+            _metric(rule, batch, stats, weights, selected), rule.polarity or 0, rule.side == "high",
+            rule.rounding == "ceil", rule.ratio, scale, rule.rest_scale,
+        )  # fmt: skip
+        count = weights.numel()
+        simple = rule.threshold is None and rule.quantile is None and rule.replacement is None
+        if rule.scope == "rollout" and simple:
+            waiting.append(form)
+            continue
+        weights = apply_waiting(weights)
+        if rule.scope == "batch" and simple and walks_batch(count, weights.device, backend) and count:
+            offsets = torch.arange(0, count + 1, count, device=weights.device)
+            weights, chosen = apply_rules(weights, batch.polarity, offsets, [form], backend)
+        else:
+            weights, chosen = _apply_widely(rule, form, weights, batch, backend)
+        if rule.replacement is not None:
+            replaced.append((chosen, rule.replacement))
+        join(chosen)
+    weights = apply_waiting(weights)
+    return ShapedTokens(weights, selected, 1.0 if first_scale is None else first_scale, tuple(replaced))
+
+
+def _quantile(values: Tensor, eligible: Tensor, share: float) -> Tensor:
+    """[]: the quantile of the eligible values, interpolated linearly as torch.quantile does; it waits for nothing."""
+    if not values.numel():
+        return values.new_zeros(())
+    ordered = torch.where(eligible, values, torch.inf).sort().values
+    place = (eligible.sum() - 1).clamp(min=0).to(torch.float64) * share
+    below = place.floor().long()
+    above = torch.minimum(below + 1, (eligible.sum() - 1).clamp(min=0))
+    low, high = ordered[below], ordered[above]
+    return torch.lerp(low, high, (place - below).to(low.dtype))
+
+
+def _apply_widely(
+    rule: TokenRule, form: RuleForm, weights: Tensor, batch: TokenBatch, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Any rule, also over more tokens than one program should walk, or over other ranks: (weights, selected)."""
+    eligible = weights != 0
+    if form.polarity:
+        eligible = eligible & (batch.polarity * form.polarity > 0)
+    if rule.quantile is not None:
+        bound = _quantile(form.metric, eligible, rule.quantile)
+        chosen = eligible & (form.metric >= bound if form.high else form.metric <= bound)
+    else:
+        chosen = select_flat(
+            form.metric, eligible, batch.offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,
+            rounding=rule.rounding, backend=backend,
+        )  # fmt: skip
+    if rule.threshold is not None:
+        chosen = chosen & (form.metric > rule.threshold if form.high else form.metric < rule.threshold)
+    if form.rest != 1.0:
+        weights = torch.where(eligible & ~chosen, weights * form.rest, weights)
+    return torch.where(chosen, weights * form.scale, weights), chosen

@@ -1,0 +1,355 @@
+"""Compares what a case gave with the reference in fp64 on the same, rounded, inputs.
+
+The bounds. Statistics: a logit x carries a rounding of eps |x|, and a sum over a vocabulary a few more. The loss, its
+metrics and the coefficients are judged at the package's own statistics, so that no selection and no clip hinges on
+their rounding: what remains are roundings relative to the largest term. A gradient is rounded once to its dtype. A
+linear head in fp32, bf16 or fp16 may be SLACK times as far from the truth as eager PyTorch in that dtype, plus a floor:
+eager's own error on one small case can be 0 by chance.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reference
+
+from .calls import Found, call, cotangents, exact_statistics, reference_loss, transform_of
+from .cases import LOW, Case, draw
+from .expected import features, mend, planned_rows, refusals, routes
+
+SLACK, ROUNDINGS = 4.0, 32.0
+# The interpreter cuts fp32 off to bf16 and fp16 where a GPU rounds.
+HALF = {"torch": 0.51, "triton": 1.01}
+
+
+class Fault(Exception):
+    """The package and the reference disagree."""
+
+
+@dataclass
+class Verdict:
+    """Of a case: "compared" or "raised", or what is wrong."""
+
+    case: Case
+    kind: str
+    fault: str = ""
+
+
+def run_case(seed: int, index: int, backend: str) -> Verdict:
+    """Draws a case, calls, and judges. What is not a refusal by rule and not an answer that is right is a fault."""
+    case = draw(seed, index, backend)
+    mend(case)
+    reasons = refusals(case)
+    try:
+        found = call(case)
+    except ValueError as error:
+        if any(reason in str(error) for reason in reasons):
+            return Verdict(case, "raised")
+        return Verdict(case, "fault", f"refused ({error}), expected {reasons or 'an answer'}")
+    except Exception:
+        return Verdict(case, "fault", traceback.format_exc(limit=-4))
+    if reasons:
+        return Verdict(case, "fault", f"answered, and should have refused: {reasons}")
+    try:
+        judge(case, found)
+    except Fault as fault:
+        return Verdict(case, "fault", str(fault))
+    return Verdict(case, "compared")
+
+
+def expect(name: str, got: Tensor, want: Tensor, tolerance: float | Tensor) -> None:
+    """Raises a Fault unless |got - want| <= tolerance everywhere, NaN and infinities at the same places."""
+    if got.shape != want.shape:
+        raise Fault(f"{name}: shape {list(got.shape)}, expected {list(want.shape)}")
+    got, want = got.detach().double(), want.detach().double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    error = (got - want).abs().masked_fill(same, 0.0)
+    wrong = ~(error <= torch.as_tensor(tolerance, dtype=torch.float64).nan_to_num(nan=0.0, posinf=torch.inf))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        allowed = torch.as_tensor(tolerance).expand(error.shape)[at]
+        raise Fault(
+            f"{name}{list(at)}: {got[at]:.9g}, expected {want[at]:.9g}, error {error[at]:.3g} > {allowed:.3g} "
+            f"({int(wrong.sum())} of {wrong.numel()} are off)"
+        )
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise Fault(message)
+
+
+def largest(*tensors: Tensor | None) -> float:
+    """Of the finite magnitudes; 0 of nothing."""
+    values = [x.detach().double().abs().reshape(-1) for x in tensors if x is not None]
+    every = torch.cat(values) if values else torch.zeros(0)
+    every = every[every.isfinite()]
+    return every.max().item() if every.numel() else 0.0
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def judge(case: Case, found: Found) -> None:
+    if case.entry == "group_advantages":
+        rewards = case.keywords["rewards"]
+        want = reference.group_advantages(rewards.double(), case.keywords["group_ids"], **case.options)
+        require(found.output.dtype == case.dtype, "dtype")
+        # Divided by a spread of 1e-6 and more, what fp64 rounds is below 1e-9.
+        return expect("advantages", found.output, want, HALF["torch"] * eps(case.dtype) * want.abs() + 1e-9)
+    if case.entry == "select_tokens":
+        options = {name: value for name, value in case.options.items() if name != "validate"}
+        metric, mask = case.keywords["metric"], case.keywords.get("mask")
+        ends = case.keywords.get("cu_seqlens")
+        want = reference.select_tokens(metric, mask, cu_seqlens=ends, **options)
+        return require(torch.equal(found.output, want), f"selected {found.output.int()}, expected {want.int()}")
+    if case.entry in ("min_p_token_logprobs", "linear_min_p_token_logprobs"):
+        return _judge_min_p(case, found.output)
+    if case.entry == "logprob_policy_loss":
+        return _judge_loss(case, found, None)
+    if case.options.get("statistics") == "active" and overflows(case, sum(planned_rows(case, features(case)))):
+        require(bool(found.output.loss.isnan()), "more rows than the capacity, and the loss is a number")
+        return _judge_overflow(found)
+    truth = exact_statistics(case)
+    eager = exact_statistics(case, case.head_dtype) if case.head and case.head_dtype != torch.float64 else None
+    output = found.output
+    computed = case.tokens.view(case.shape)
+    if case.options.get("statistics") == "active":
+        # With one column both are 0 of every token: which ones were computed is in the weights alone.
+        nonzero = (output.logprobs != 0) | (output.entropy != 0)
+        computed = computed & (nonzero if case.vocabulary > 1 else output.weights != 0)
+    x = logit_bound(case, truth[2])
+    for name in ("logprobs", "entropy"):
+        got, want = getattr(output, name), getattr(truth[1], name)
+        require(got.dtype == case.compute_dtype, f"{name}: {got.dtype}")
+        tolerance = ROUNDINGS * eps(case.compute_dtype) * (1 + x)
+        if eager is not None:
+            tolerance += SLACK * largest(getattr(eager[1], name) - want) + 4 * eps(case.head_dtype) * (1 + x)
+        expect(name, got, torch.where(computed, want, 0.0), tolerance)
+    if case.spec is None:
+        incoming = [case.factor * g.double() for g in cotangents(case)[: 1 + case.index % 2]]
+        return _judge_gradients(case, found, truth, eager, incoming, 0.0, x)
+    return _judge_loss(case, found, truth, eager, computed, x)
+
+
+def logit_bound(case: Case, logits: Tensor) -> float:
+    """The largest |transformed logit|, before a softcap bounds it: what an exponent's rounding is relative to."""
+    on = case.tokens.view(case.shape)
+    temperature = case.options.get("temperature", 1.0)
+    low = temperature.min().item() if isinstance(temperature, Tensor) and temperature.numel() else temperature
+    low = 1.0 if isinstance(low, Tensor) else float(low)
+    return largest(logits[on]) * case.options.get("logit_scale", 1.0) / low
+
+
+def _judge_min_p(case: Case, got: Tensor) -> None:
+    _, _, logits = exact_statistics(case)
+    if case.head_dtype in LOW and case.head:
+        # Which tokens min-p keeps hinges on the head's rounding, which other cases judge; here, that it is a log-prob.
+        return require(bool((got <= 0).all()) and not got[~case.tokens.view(case.shape)].any(), f"min_p {got}")
+    transform = {name: value for name, value in transform_of(case).items() if name != "temperature"}
+    on = case.tokens.view(case.shape)
+    want = reference.min_p_token_logprobs(logits.detach(), case.targets, case.options["min_p"], mask=on, **transform)
+    x = logit_bound(case, logits)
+    expect("min_p", got, want, ROUNDINGS * eps(case.compute_dtype) * (1 + x) * (1 + case.vocabulary * bool(case.head)))
+
+
+def _judge_loss(case: Case, found: Found, truth: Any, eager: Any = None, computed: Tensor | None = None, x=0.0) -> None:
+    output, compute = found.output, case.compute_dtype
+    on = case.tokens.view(case.shape)
+    if truth is None:
+        given = case.keywords
+        zeros = torch.zeros(case.shape, dtype=torch.float64)
+        values = [given["logprobs"].double(), given["entropy"].double() if "entropy" in given else zeros]
+        logits, computed = None, on
+        for name, value in zip(("logprobs", "entropy"), values, strict=True):
+            expect(name, getattr(output, name), torch.where(on, value, 0.0), 0.0)
+    else:
+        values = [
+            torch.where(computed, mine.double(), exact.detach())
+            for mine, exact in zip((output.logprobs, output.entropy), truth[1], strict=True)
+        ]
+        logits = truth[2]
+    leaves = reference.TokenStats(*(torch.where(on, value, 0.0).requires_grad_() for value in values))
+    want, d_logp, d_entropy, scale = reference_loss(case, leaves, logits)
+    f = features(case)
+    amplitude = term_bound(case, f.objective, leaves, want)
+    rounding = ROUNDINGS * eps(compute)
+    expect("loss", output.loss, want.loss, rounding * amplitude * scale.divisors)
+    require(output.loss.dtype == compute, f"loss: {output.loss.dtype}")
+    active_only = case.options.get("statistics") == "active"
+    kept = want.weights if not active_only else torch.where(computed, want.weights, 0.0)
+    expect("weights", output.weights, kept, rounding * kept)
+    require(bool(torch.equal(output.weights != 0, kept != 0)), "weights: other tokens are dropped")
+    require(output.route in routes(case), f"route {output.route}, expected {routes(case)}")
+    _judge_metrics(case, found, want, leaves, computed if active_only else None)
+    if truth is not None:
+        incoming = [case.factor * d_logp, case.factor * d_entropy]
+        _judge_gradients(case, found, truth, eager, incoming, abs(case.factor) * amplitude * scale.divisors, x)
+        return
+    for name, gradient in (("logprobs", d_logp), ("entropy", d_entropy)):
+        if name in case.wanted:
+            error = abs(case.factor) * rounding * amplitude * scale.divisors
+            bound = error + eps(case.dtype) * gradient.abs() + smallest(case.dtype)
+            got = found.gradients[name]
+            got = torch.zeros(case.shape) if got is None and not gradient.any() else got
+            expect(f"gradient of {name}", got, case.factor * gradient, bound * max(abs(case.factor), 1.0))
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The step of the smallest numbers."""
+    return torch.finfo(dtype).smallest_normal * eps(dtype)
+
+
+def term_bound(case: Case, objective: Any, statistics: Any, want: Any) -> float:
+    """How large a token's loss, or a part of it that cancels, may be, times the exponents whose rounding exp keeps."""
+    keywords, on = case.keywords, case.tokens
+    logp = statistics.logprobs.detach().reshape(-1)[on]
+
+    def flat(name: str) -> Tensor | None:
+        return keywords[name].double().reshape(-1)[on] if name in keywords else None
+
+    old, ref, proxy = flat("old_logprobs"), flat("ref_logprobs"), flat("min_p_logprobs")
+    logs = 1.0 + largest(logp, old, ref)
+    ratio = max(largest(want.metrics["ratio_max"]), 1.0)
+    importance = largest(keywords.get("importance_weights")) or 1.0
+    policy = largest(case.advantages) * max(largest(want.weights), 1e-30) * importance * ratio * logs
+    kl = 0.0
+    if objective.kl_coef:
+        gap = ref - logp
+        factor = ratio if objective.kl_estimator == "k3-ratio" else 1.0
+        kl = objective.kl_coef * factor * (1.0 + largest(gap) ** 2 + math.exp(min(max([0.0, *gap.tolist()]), 50.0)))
+    entropy = abs(objective.entropy_coef) * (1.0 + largest(statistics.entropy))
+    replaced = 0.0
+    if objective.low_probability is not None:
+        gap = torch.zeros(1) if proxy is None else proxy - logp
+        # Its slope is 1 - e^gap, up to where the penalty of 10 ends it.
+        replaced = objective.low_probability.beta * importance * 20.0 * (1.0 + largest(gap.clamp(max=3.0)))
+    if objective.ratio_level == "sequence":
+        policy *= 1.0 + logs
+    sapo = 1.0 + 4.0 * isinstance(objective.surrogate, reference.Sapo)
+    return policy * sapo + kl * logs + entropy + replaced
+
+
+def _judge_metrics(case: Case, found: Found, want: Any, statistics: Any, computed: Tensor | None) -> None:
+    """computed: where only some tokens were, the means over those that the output gives anew."""
+    metrics, on = found.output.metrics, case.tokens
+    require(set(metrics) == set(want.metrics), f"metrics {sorted(metrics)}")
+    ref = case.keywords.get("ref_logprobs")
+    logp = statistics.logprobs.detach().reshape(-1)[on]
+    logs = 1.0 + largest(logp, *(case.keywords[n].reshape(-1)[on] for n in ("old_logprobs", "ref_logprobs")
+                                 if n in case.keywords))  # fmt: skip
+    gap = 0.0 if ref is None else max([0.0, *(ref.double().reshape(-1)[on] - logp).tolist()])
+    ratio = max(1.0, largest(want.metrics["ratio_max"]))
+    wanted = dict(want.metrics)
+    names = set(wanted)
+    if computed is not None:
+        names = {"token_count", "active_fraction", "weight"}
+        if case.vocabulary > 2 and computed.any():  # a log-prob of a token is then never exactly 0
+            names |= {"entropy", "approx_kl"}
+            wanted["entropy"] = statistics.entropy[computed].mean()
+            old = case.keywords.get("old_logprobs")
+            wanted["approx_kl"] = torch.zeros(()) if old is None else (old - statistics.logprobs)[computed].mean()
+    if case.entry == "logprob_policy_loss" and "entropy" not in case.keywords:
+        wanted["entropy"] = torch.tensor(math.nan)
+    sapo = isinstance(features(case).objective.surrogate, reference.Sapo)
+    if case.broken or (sapo and (case.extreme or case.compute_dtype != torch.float64)):
+        # NaN has no size; the gate is flat at large ratios, but for what the precision holds.
+        names -= {"active_fraction"}
+    for name in sorted(names):
+        value = torch.as_tensor(wanted[name]).double()
+        size = {"kl": math.exp(min(gap, 50.0)) * logs, "ratio_mean": ratio, "ratio_max": ratio}.get(name, 1.0)
+        size *= ratio if name == "kl" else 1.0
+        bound = ROUNDINGS * eps(case.compute_dtype) * logs * (size + largest(value))
+        expect(f"metric {name}", metrics[name], value, bound)
+
+
+def _judge_gradients(
+    case: Case, found: Found, truth: Any, eager: Any, incoming: list[Tensor], coefficient: float, x: float
+) -> None:
+    """incoming: dL/dlogp and, if it is one, dL/dH; coefficient: how large they are, cancelled parts included."""
+    if not case.wanted:
+        return
+    leaves, stats, _ = truth
+    wanted = [leaves[name] for name in case.wanted]
+
+    def push(leaves: dict[str, Tensor], stats: Any) -> list[Tensor]:
+        outputs = list(stats)[: len(incoming)]
+        given = [g.to(o.dtype) for g, o in zip(incoming, outputs, strict=True)]
+        found = torch.autograd.grad(outputs, [leaves[n] for n in case.wanted], given, allow_unused=True)
+        return [torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(case.wanted, found, strict=True)]
+
+    on = case.tokens.view(case.shape)
+    if overflows(case, sum((g != 0) & on for g in incoming)):
+        return _judge_overflow(found)
+    exact = push(leaves, stats)
+    plain = exact if eager is None else push(eager[0], eager[1])
+    slope = logit_slope(case)
+    moved = largest(incoming[0][on]) + (largest(incoming[1][on]) if len(incoming) > 1 else 0.0) * (
+        2 + math.log(case.vocabulary) + x
+    )
+    for name, want, other, leaf in zip(case.wanted, exact, plain, wanted, strict=True):
+        got = found.gradients[name]
+        require(got is not None, f"no gradient of {name}")
+        if name == "logits":
+            noise = ROUNDINGS * eps(case.compute_dtype) * slope * (coefficient + moved) * (1 + x)
+            roundings = 1 + (getattr(found.output, "route", "") == "one-launch" and case.factor != 1.0)
+            bound = noise + roundings * (HALF[case.backend] * eps(case.dtype) * want.abs() + smallest(case.dtype))
+            require(got.dtype == case.dtype, f"gradient of {name}: {got.dtype}")
+            expect(f"gradient of {name}", got, want, bound)
+            require(not got[~on].any(), "gradient of logits: not 0 at a row that is no token")
+            continue
+        size = product_bound(case, name, leaf)
+        in_main_grad = name == "weight" and case.main_grad
+        out = torch.float32 if in_main_grad else case.head[name].dtype
+        require(got.dtype == out, f"gradient of {name}: {got.dtype}")
+        bound = ROUNDINGS * eps(case.compute_dtype) * slope * (coefficient + moved) * (1 + x) * size
+        bound += 2 * eps(case.head_dtype) * slope * moved * (1 + x) * size + SLACK * largest(other.double() - want)
+        bound += 2 * eps(out) * largest(want) + smallest(out) * 4
+        bound += 8 * eps(out) * in_main_grad  # added to numbers of 1, tile after tile
+        expect(f"gradient of {name}", got, want, bound)
+    if "hidden" in case.wanted:
+        require(not found.gradients["hidden"][~on].any(), "gradient of hidden: not 0 at a row that is no token")
+
+
+def overflows(case: Case, rows: int | Tensor) -> bool:
+    """Whether more rows (a number, or those that are not 0) take part than the number that compaction allows.
+
+    Where counting waits for nothing a number means nothing: PyTorch on a CPU.
+    """
+    most = case.options.get("compaction")
+    number = rows if isinstance(rows, int) else int((rows != 0).sum())
+    return case.backend == "triton" and isinstance(most, int) and number > most
+
+
+def _judge_overflow(found: Found) -> None:
+    for name, gradient in found.gradients.items():
+        require(bool(gradient.isnan().any()), f"more rows than the capacity, and the gradient of {name} is a number")
+
+
+def logit_slope(case: Case) -> float:
+    temperature = case.options.get("temperature", 1.0)
+    low = temperature.min().item() if isinstance(temperature, Tensor) and temperature.numel() else temperature
+    return case.options.get("logit_scale", 1.0) / (1.0 if isinstance(low, Tensor) else float(low))
+
+
+def product_bound(case: Case, name: str, leaf: Tensor) -> float:
+    """How large dL/d(name) is for a logits gradient of 1 in every row."""
+    head, rows = case.head, max(int(case.tokens.sum()), 1)
+    on = case.tokens.view(case.shape)
+    hidden = largest(head["hidden"][on]) * head["hidden"].shape[-1] if name != "weight" else largest(head["hidden"][on])
+    a, b = largest(head.get("lora A")), largest(head.get("lora B"))
+    rank = head["lora A"].shape[0] if "lora A" in head else 0
+    if name == "hidden":
+        return 2 * (largest(head["weight"]) + case.lora_scale * rank * a * b)
+    if name == "weight":
+        return rows * hidden
+    if name == "bias":
+        return rows
+    return rows * case.lora_scale * (hidden * a if name == "lora B" else 2 * hidden * b)
