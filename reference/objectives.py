@@ -246,7 +246,7 @@ class OffPolicyMask:
     threshold: float
 
     def __post_init__(self):
-        at_least("threshold", self.threshold, -math.inf)
+        at_least("threshold", self.threshold, 0)
 
 
 @dataclass(frozen=True)
@@ -303,6 +303,8 @@ class Objective:
     shaping: tuple = ()
     surrogate: Clip | Cispo | Sapo | Reinforce | Dppo | Gmpo | Ratio | Nothing = Clip()
     ratio_level: str = "token"
+    ratio_weights: tuple = ()
+    log_ratio_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_clamp: float | None = None
@@ -310,8 +312,6 @@ class Objective:
     low_probability: MinPRegularizer | None = None
     aggregation: str = "token-mean"
     normalize_over: str = "all"
-    log_ratio_coef: float = 0.0
-    ratio_weights: tuple = ()
 
     def __post_init__(self):
         object.__setattr__(self, "shaping", tuple(self.shaping))

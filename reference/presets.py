@@ -28,6 +28,7 @@ from .objectives import (
     Topr,
     Vespo,
 )
+from .selection import one_of
 
 OBJECTIVE_OVERRIDES = (
     "kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "log_ratio_coef", "ratio_level", "ratio_weights",
@@ -122,6 +123,7 @@ def a3po(
     `schedule` replaces beta. SPEC is silent on the sides of metric="entropy"; this project's reading: high entropy
     takes the place of low probability, and low entropy that of high probability.
     """
+    one_of("metric", metric, ("probability", "entropy"))
     beta = LinearDecay(rho, alpha, 1.0) if schedule is None else schedule
     shared = {"metric": metric, "source": source, "ratio": ratio, "selected_scale": beta}
     unlikely, likely = ("high", "low") if metric == "entropy" else ("low", "high")

@@ -36,7 +36,10 @@ def off_policy_mask(weight: OffPolicyMask, advantages: Tensor, d: Tensor, batch:
 
 
 def vespo(weight: Vespo, advantages: Tensor, d: Tensor, batch: Batch, rows: list[int]) -> Tensor:
-    """VESPO (arXiv 2602.10693), as its authors and TRL release it; A = 0 takes the positive constants."""
+    """VESPO (arXiv 2602.10693), as its authors and TRL release it; A = 0 takes the positive constants.
+
+    They turn a NaN into 0; here it stays one, as everywhere.
+    """
     total = d.clamp(-20.0, 20.0).sum()
     if batch.importance_weights is not None:
         total = total + batch.importance_weights[rows].log().clamp(FLOOR, 20.0).sum()
@@ -44,7 +47,8 @@ def vespo(weight: Vespo, advantages: Tensor, d: Tensor, batch: Batch, rows: list
     positive = advantages >= 0
     k = torch.where(positive, weight.k_positive, weight.k_negative).to(d.dtype)
     lam = torch.where(positive, weight.lambda_positive, weight.lambda_negative).to(d.dtype)
-    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    factor = (lam + k * log_w - lam * log_w.exp()).exp()
+    return torch.where(factor.isinf(), 0.0, factor)
 
 
 def topr(weight: Topr, advantages: Tensor, d: Tensor, batch: Batch, rows: list[int]) -> Tensor:

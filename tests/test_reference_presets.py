@@ -205,7 +205,7 @@ def test_presets_are_the_table():
 def test_bad_values_are_refused():
     for call in (
         lambda: ref.Clip(epsilon_low=-0.1), lambda: ref.dapo(dual_clip=1.0), lambda: ref.dapo(delta=0.0),
-        lambda: ref.sapo(tau_positive=0.0), lambda: ref.a3po(ratio=0.0), lambda: ref.a3po(source="loss"),
+        lambda: ref.sapo(tau_positive=0.0), lambda: ref.a3po(ratio=0.0), lambda: ref.a3po(metric="loss"),
         lambda: ref.grpo(aggregation="mean"), lambda: ref.grpo(kl_estimator="k4"), lambda: ref.lp_reg(min_p=2.0),
         lambda: ref.PolarityWeights(positive=-1.0), lambda: ref.TokenRule(polarity=0), lambda: ref.CosineDecay(2.0, 0),
     ):  # fmt: skip
