@@ -67,7 +67,8 @@ def trl_loss(
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=statistics, aux_loss_enabled=False, top_entropy_quantile=quantile,
         off_policy_mask_threshold=off_policy, importance_sampling_level=level, beta=beta, args=args,
-        loss_type=loss_type, epsilon_low=low, epsilon_high=high, use_vllm=correct, vllm_importance_sampling_correction=correct,
+        loss_type=loss_type, epsilon_low=low, epsilon_high=high, use_vllm=correct,
+        vllm_importance_sampling_correction=correct,
         model=SimpleNamespace(training=True), current_gradient_accumulation_steps=accumulation,
         accelerator=accelerator, max_completion_length=MAX_LENGTH, _entropy_bonus_enabled=bonus != 0,
         entropy_coef=bonus, use_adaptive_entropy=False, _metrics={"train": defaultdict(list)},
