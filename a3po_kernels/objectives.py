@@ -358,6 +358,9 @@ class Objective:
         _check_word("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
         if isinstance(self.surrogate, Gmpo) and self.ratio_level != "sequence":
             raise ValueError(f"Gmpo is of the rollout: ratio_level must be 'sequence'; got {self.ratio_level!r}")
+        replaces = any(isinstance(rule, TokenRule) and rule.replacement is not None for rule in self.shaping)
+        if isinstance(self.surrogate, Gmpo) and replaces:
+            raise ValueError("a rule's replacement is of single tokens, and Gmpo's ratio of the whole rollout")
         if isinstance(self.surrogate, Dppo) and self.ratio_level != "token":
             raise ValueError(f"Dppo is of the token: ratio_level must be 'token'; got {self.ratio_level!r}")
         _check_number("log_ratio_coef", self.log_ratio_coef, 0.0)

@@ -10,7 +10,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..named_objectives import presets
-from ..objectives import Cispo, Clip, Objective
+from ..objectives import Cispo, Clip, Objective, OffPolicyMask, TokenRule
 from ._presets import build_objective
 
 # Field of the configuration -> keyword of the presets.
@@ -28,6 +28,15 @@ KEYWORDS = {
     "low_probability_min_p": "min_p",
     "low_probability_beta": "beta",
     "dual_clip": "dual_clip",
+    "divergence": "divergence",
+    "delta_low": "delta_low",
+    "delta_high": "delta_high",
+    "ratio_cap": "ratio_cap",
+    "topr_level": "level",
+    "covariance_penalty": "penalty",
+    "covariance_low": "low",
+    "covariance_high": "high",
+    "log_ratio_coef": "log_ratio_coef",
     "kl_estimator": "kl_estimator",
     "kl_clamp": "kl_clamp",
     "aggregation": "aggregation",
@@ -78,8 +87,8 @@ class A3POConfig(GRPOConfig):
 
     Refused with a ValueError: an Objective that cannot be pickled (a lambda as a schedule), which TRL's checkpoints do
     with the whole configuration; loss_type, top_entropy_quantile (objective="fork_tokens" selects exactly),
-    use_adaptive_entropy, off_policy_mask_threshold; and a KL term with use_bias_correction_kl, TRL's default, under a
-    ratio per rollout.
+    use_adaptive_entropy; off_policy_mask_threshold with vLLM; a rule by named scores; and a KL term with
+    use_bias_correction_kl, TRL's default, under a ratio per rollout.
     """
 
     objective: str = _option(
@@ -87,7 +96,9 @@ class A3POConfig(GRPOConfig):
     )
     rho: float | None = _option("a3po: scale of the selected tokens, beta(step) = max(1, rho - alpha * step).")
     alpha: float | None = _option("a3po: what that scale loses per optimizer step.")
-    token_ratio: float | None = _option("a3po, fork_tokens: share of the tokens that is selected, in (0, 1].")
+    token_ratio: float | None = _option(
+        "a3po, fork_tokens, kl_cov, clip_cov: share of the tokens that is selected, in (0, 1]."
+    )
     selection_metric: str | None = _option("a3po: 'probability' or 'entropy'.")
     selection_source: str | None = _option("a3po: select by the 'old' or by the 'current' policy.")
     selection_rounding: str | None = _option("fork_tokens: 'floor' or, as in its released code, 'ceil'.")
@@ -97,6 +108,15 @@ class A3POConfig(GRPOConfig):
     low_probability_quantile: float | None = _option("lp_reg: share of the negative tokens that are candidates.")
     low_probability_min_p: float | None = _option("lp_reg: kappa of the min-p proxy.")
     low_probability_beta: float | None = _option("lp_reg: coefficient of its regulariser.")
+    divergence: str | None = _option("dppo: 'tv' or 'kl'.")
+    delta_low: float | None = _option("dppo: bound of the divergence downwards.")
+    delta_high: float | None = _option("dppo: bound of the divergence upwards.")
+    ratio_cap: float | None = _option("dppo: cap of the ratio. Off if None.")
+    topr_level: str | None = _option("topr: the ratio of the 'sequence', its 'geometric' mean, or the 'token'.")
+    covariance_penalty: float | None = _option("kl_cov: coefficient of |log ratio| at the selected tokens.")
+    covariance_low: float | None = _option("clip_cov: candidates have a covariance above this.")
+    covariance_high: float | None = _option("clip_cov: candidates have a covariance below this.")
+    log_ratio_coef: float | None = _option("Coefficient of the squared log ratio to the behaviour policy.")
     dual_clip: float | None = _option("Dual clip c > 1: where A < 0, the loss is at most -A * c. Off if None.")
     kl_estimator: str | None = _option(
         "Estimator of the KL term: 'k1', 'k2', 'k3' or 'k3-ratio'. By default as in TRL: 'k3-ratio' with "
@@ -124,14 +144,21 @@ class A3POConfig(GRPOConfig):
             "loss_type": "the objective sets the loss: give objective= and aggregation= instead",
             "top_entropy_quantile": "objective='fork_tokens' with token_ratio selects by entropy",
             "use_adaptive_entropy": "only a constant entropy_coef is supported",
-            "off_policy_mask_threshold": "masking rollouts by their KL is not supported",
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, reason in refused.items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not supported by A3POConfig: {reason}")
+        if self.off_policy_mask_threshold is not None and self.use_vllm:
+            raise ValueError(
+                "off_policy_mask_threshold with use_vllm is not supported by A3POConfig: TRL masks by the sampler's "
+                "log-probs, and the loss gets the trainer's"
+            )
         objective = self.build_objective()
         _check_pickles(objective)
+        for rule in objective.shaping:
+            if isinstance(rule, TokenRule) and not rule.reads_policy:
+                raise ValueError(f"objective selects by the score {rule.metric!r}, which TRL's trainers do not have")
         wanted = objective.kl_coef
         if vars(self)["beta"] not in (0.0, wanted):
             raise ValueError(f"beta = {vars(self)['beta']} and the objective's kl_coef = {wanted} differ")
@@ -142,7 +169,7 @@ class A3POConfig(GRPOConfig):
         options = {keyword: getattr(self, name) for name, keyword in KEYWORDS.items()}
         given = [name for name, keyword in KEYWORDS.items() if options[keyword] is not None]
         if isinstance(self.objective, Objective):
-            given += [name for name in ("entropy_coef",) if getattr(self, name)]
+            given += [name for name in ("entropy_coef", "off_policy_mask_threshold") if getattr(self, name)]
             if self.importance_sampling_level != "token":
                 given.append("importance_sampling_level")
             if given:
@@ -154,10 +181,18 @@ class A3POConfig(GRPOConfig):
             options["epsilon_high"] = self.epsilon
         if self.objective == "sapo":
             options.update(tau_positive=self.sapo_temperature_pos, tau_negative=self.sapo_temperature_neg)
+        if self.objective == "vespo":
+            options.update(
+                k_positive=self.vespo_k_pos, lambda_positive=self.vespo_lambda_pos, k_negative=self.vespo_k_neg,
+                lambda_negative=self.vespo_lambda_neg,
+            )  # fmt: skip
+        if self.off_policy_mask_threshold is not None:
+            options["ratio_weights"] = (OffPolicyMask(self.off_policy_mask_threshold),)
         if self.importance_sampling_level != "token":
             options["ratio_level"] = self.importance_sampling_level
         if self.beta and self.kl_estimator is None and self.use_bias_correction_kl:
-            if self.importance_sampling_level == "sequence" or self.objective == "gspo":
+            level = presets[self.objective]().ratio_level if self.objective in presets else "token"
+            if self.importance_sampling_level == "sequence" or level != "token":
                 raise ValueError(
                     "use_bias_correction_kl = True, TRL's default, weighs the KL term by the ratio, which is supported "
                     "for a ratio per token; set use_bias_correction_kl=False"

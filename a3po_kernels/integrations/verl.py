@@ -32,8 +32,8 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as verl_head
 
 from ..losses.logprobs import logprob_policy_loss
-from ..named_objectives import presets
-from ..objectives import Cispo, Clip, Objective, Sapo, TokenRule
+from ..named_objectives import CovarianceCandidates, presets
+from ..objectives import Cispo, Clip, Dppo, Gmpo, Objective, Sapo, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
 
 __all__ = ["install_head", "linear_cross_entropy", "register_objective", "set_step", "training_step"]
@@ -97,13 +97,23 @@ def _with_bounds(objective: Objective, config: Any) -> Objective:
     surrogate = objective.surrogate
     if isinstance(surrogate, Clip) and objective.low_probability is None:
         # verl's GSPO has no dual clip.
-        dual = None if objective.ratio_level == "sequence" else config.get("clip_ratio_c", 3.0)
+        dual = None if objective.ratio_level != "token" else config.get("clip_ratio_c", 3.0)
         surrogate = Clip(low, high, dual, surrogate.delta)
     elif isinstance(surrogate, Cispo):
         surrogate = Cispo(1.0 + high, low)
     elif isinstance(surrogate, Sapo):
         surrogate = Sapo(config.tau_pos, config.tau_neg)
-    return replace(objective, surrogate=surrogate)
+    elif isinstance(surrogate, Dppo):
+        surrogate = Dppo(surrogate.divergence, low, high, config.get("clip_ratio_c", 3.0))
+    elif isinstance(surrogate, Gmpo):
+        surrogate = Gmpo(low, high)
+    shaping = tuple(
+        replace(rule, metric=replace(rule.metric, clip=surrogate))
+        if isinstance(rule, TokenRule) and isinstance(rule.metric, CovarianceCandidates) and isinstance(surrogate, Clip)
+        else rule
+        for rule in objective.shaping
+    )
+    return replace(objective, surrogate=surrogate, shaping=shaping)
 
 
 def _needs_more_than_logprobs(objective: Objective) -> str | None:
@@ -112,6 +122,8 @@ def _needs_more_than_logprobs(objective: Objective) -> str | None:
         return "the min-p proxy of the old policy"
     if objective.entropy_coef or any(isinstance(r, TokenRule) and r.metric == "entropy" for r in objective.shaping):
         return "the policy's entropy"
+    if any(isinstance(r, TokenRule) and not r.reads_policy for r in objective.shaping):
+        return "scores of the caller's"
     return "the reference policy's log-probs" if objective.kl_coef else None
 
 

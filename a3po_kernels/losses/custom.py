@@ -16,6 +16,9 @@ from ..ops.token_logprobs import TokenStats
 from .batch import TokenBatch
 from .token_values import TokenValues
 
+# Shares of the tokens that a surrogate clips, each of its own tokens.
+_CLIPPED = ("clip_fraction_low", "clip_fraction_high", "dual_clip_fraction")
+
 
 def _loss(surrogate: CustomSurrogate, values: TokenValues) -> Tensor:
     """The function's result, checked."""
@@ -102,17 +105,20 @@ def custom_terms(
 
 
 def join_terms(stats: TokenStats, parts: Sequence[PolicyTerms], counts: Tensor) -> PolicyTerms:
-    """The sum of terms, differentiable in the statistics; the metrics are the last one's."""
+    """The sum of terms, differentiable in the statistics; the metrics are the last one's, and of all what they clip."""
     loss = torch.stack([part.loss.detach() for part in parts]).sum()
     d_logp = torch.stack([part.d_logp for part in parts]).sum(0)
     with_entropy = [part.d_entropy for part in parts if part.d_entropy.numel()]
     d_entropy = torch.stack(with_entropy).sum(0) if with_entropy else d_logp[:0]
     active = d_logp != 0 if not with_entropy else (d_logp != 0) | (d_entropy != 0)
-    share = active.sum() / counts.sum().clamp(min=1.0)
-    at = torch.arange(len(METRICS), device=share.device) == METRICS.index("active_fraction")
-    metrics = torch.where(at, share, parts[-1].metrics)
+    metrics = dict(zip(METRICS, parts[-1].metrics.unbind(), strict=True))
+    metrics["active_fraction"] = active.sum() / counts.sum().clamp(min=1.0)
+    for name in _CLIPPED:
+        at = METRICS.index(name)
+        metrics[name] = torch.stack([part.metrics[at] for part in parts]).sum()
+    joined = torch.stack([value.to(loss.dtype) for value in metrics.values()])
     attached = with_coefficients(stats.logprobs, stats.entropy, loss, d_logp, d_entropy)
-    return PolicyTerms(attached, d_logp, d_entropy, metrics)
+    return PolicyTerms(attached, d_logp, d_entropy, joined)
 
 
 def _derivatives(total: Callable[[Tensor, Tensor], Tensor], stats: TokenStats) -> tuple[Tensor, Tensor, Tensor]:

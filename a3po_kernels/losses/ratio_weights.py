@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ def importance_of(objective: Objective, batch: TokenBatch, logprobs: Tensor) -> 
 
     logp = torch.where(tokens, logprobs.detach(), 0.0)
     gap = torch.zeros_like(logp) if batch.old is None else logp - torch.where(tokens, batch.old, 0.0)
+    if any(isinstance(weight, Vespo) for weight in objective.ratio_weights):
+        importance = None  # it is in the ratio instead
     for weight in objective.ratio_weights:
         if isinstance(weight, OffPolicyMask):
             factor = torch.where((batch.advantages < 0) & (mean(-gap) > weight.threshold), 0.0, 1.0).to(gap.dtype)
@@ -42,15 +45,15 @@ def importance_of(objective: Objective, batch: TokenBatch, logprobs: Tensor) -> 
             ratio = level(gap).clamp(-20.0, 20.0).exp().clamp(weight.low, weight.high)
             factor = torch.where(batch.advantages < 0, ratio, torch.ones_like(ratio))
         else:
-            factor, importance = _vespo(weight, batch, total(gap.clamp(-20.0, 20.0)), total, importance), None
+            factor = _vespo(weight, batch, total(gap.clamp(-20.0, 20.0)), total)
         importance = factor if importance is None else importance * factor
     return importance
 
 
-def _vespo(weight: Vespo, batch: TokenBatch, log_ratio: Tensor, total, importance: Tensor | None) -> Tensor:
+def _vespo(weight: Vespo, batch: TokenBatch, log_ratio: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     """VESPO's factor; the importance weights are in its ratio."""
-    if importance is not None:
-        log_ratio = log_ratio + total(importance.log().clamp(_LOWEST, 20.0))
+    if batch.importance is not None:
+        log_ratio = log_ratio + total(batch.importance.log().clamp(_LOWEST, 20.0))
     log_w = log_ratio.clamp(_LOWEST, 20.0)
     up = batch.advantages >= 0
     k = torch.where(up, weight.k_positive, weight.k_negative).to(log_w.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -151,7 +152,10 @@ def _apply_widely(
             rounding=rule.rounding, backend=backend,
         )  # fmt: skip
     if rule.threshold is not None:
-        chosen = chosen & (form.metric > rule.threshold if form.high else form.metric < rule.threshold)
+        bound = rule.threshold
+        if rule.metric == "probability":  # by its logarithm
+            bound = math.log(bound) if bound > 0 else -math.inf
+        chosen = chosen & (form.metric > bound if form.high else form.metric < bound)
     if form.rest != 1.0:
         weights = torch.where(eligible & ~chosen, weights * form.rest, weights)
     return torch.where(chosen, weights * form.scale, weights), chosen

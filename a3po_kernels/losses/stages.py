@@ -139,8 +139,7 @@ def _terms(
         return policy_terms(stats.logprobs, stats.entropy, inputs, form, shaped.beta, backend)
     others = policy_terms(stats.logprobs.detach(), stats.entropy.detach(), inputs, form, shaped.beta, backend)
     own = custom_terms(surrogate, batch, stats, shaped.weights, shaped.selected, scale, has_entropy)
-    # The metrics are the others'.
-    return join_terms(stats, [own._replace(metrics=others.metrics), others], batch.counts)
+    return join_terms(stats, [own, others], batch.counts)
 
 
 def policy_output(

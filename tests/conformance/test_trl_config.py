@@ -72,7 +72,7 @@ def test_a_config_is_a_command_line_and_json():
         ({"loss_type": "grpo"}, "loss_type = 'grpo' is not supported"),
         ({"top_entropy_quantile": 0.2}, "fork_tokens"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
-        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
+        ({"off_policy_mask_threshold": 0.5, "use_vllm": True}, "off_policy_mask_threshold with use_vllm"),
         ({"objective": "gspo", "beta": 0.1}, "set use_bias_correction_kl=False"),
     ],
 )
