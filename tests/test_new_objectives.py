@@ -70,8 +70,8 @@ def compare(batch, objectives, backend, tolerance=1e-12, ours_only=None, **keywo
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name, number", CASES)
 def test_presets(name, number, variant, backend, device):
-    if INTERPRETED and (variant != "padded" or number > 1):
-        pytest.skip("the interpreter is slow: the first two of each preset, padded")
+    if INTERPRETED and (variant != "padded" or number):
+        pytest.skip("the interpreter is slow: the first of each preset, padded")
     keywords = {"step": 3}
     if variant == "transformed":
         keywords |= {"temperature": 0.7, "softcap": 4.0, "logit_scale": 1.3, "denominator": 12.5}
@@ -123,7 +123,7 @@ def test_dropped_tokens(name, backend, device):
 @pytest.mark.parametrize("name, number", [*FIRST, ("dppo", 1), ("topr", 1), ("topr", 2)])
 def test_extreme_ratios(name, number, weighted, backend, device):
     """Log ratios of +-30 and -50: finite, and held where the formula holds them; the squared one is not."""
-    if INTERPRETED and weighted:
+    if INTERPRETED and (weighted or name not in ("dppo", "gmpo", "gspo_token")):
         pytest.skip("the interpreter is slow")
     batch = make_batch(name, "padded" if weighted else "unweighted", device)
     batch.keywords["old_logprobs"][:, ::2] += 30.0
@@ -137,6 +137,8 @@ def test_extreme_ratios(name, number, weighted, backend, device):
 @pytest.mark.parametrize("name", NEW_PRESETS)
 def test_nothing_to_learn(name, backend, device):
     """No row, no token, only empty rollouts: loss and gradient 0, never NaN."""
+    if INTERPRETED and name not in ("dppo", "gmpo"):
+        pytest.skip("the interpreter is slow")
     batch = make_batch(name, "padded", device)
     batch.keywords["mask"] = torch.zeros_like(batch.keywords["mask"])
     output, gradient = compare(batch, pair(name, kl_coef=0.1), backend)
@@ -153,7 +155,7 @@ def test_nothing_to_learn(name, backend, device):
 @pytest.mark.parametrize("name, number", CASES)
 def test_routes_of_logits(name, number, backend, device):
     """One launch where a token's loss is its own, the same numbers; elsewhere a reason and two stages."""
-    if INTERPRETED and (name != "dppo" or number > 1):
+    if INTERPRETED and (name, number) != ("dppo", 1):
         pytest.skip("the interpreter is slow")
     batch, objectives = make_batch(name, "padded", device), pair(name, number)
     if name == "dppo":
@@ -172,7 +174,7 @@ BUDGETS = {"everything": None, "small": 5 * 296}
 
 @pytest.mark.parametrize("statistics", ["all", "active"])
 @pytest.mark.parametrize("route, budget", [("auto", "everything"), ("auto", "small"), ("recompute", "small")])
-@pytest.mark.parametrize("name, number", [*FIRST, ("dppo", 1), ("topr", 2), ("kl_cov", 1)])
+@pytest.mark.parametrize("name, number", [*FIRST, ("dppo", 1), ("topr", 3), ("kl_cov", 1)])
 def test_linear_routes(name, number, route, budget, statistics, backend, device):
     if INTERPRETED:
         pytest.skip("the interpreter is slow")

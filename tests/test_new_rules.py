@@ -220,7 +220,8 @@ def test_linear_routes(name, backend, device):
         del batch.keywords["min_p_logprobs"]
     expected, truths = run_reference(batch, parameters, build(reference), 37, step=3)
     truths = [1.5 * truth for truth in truths]
-    for options in ({}, {"max_chunk_bytes": 5 * 296}, {"route": "recompute"}, {"statistics": "active"}):
+    small = {"max_chunk_bytes": 5 * 296}
+    for options in ({}, small, {**small, "route": "recompute", "statistics": "active"}):
         output, found = run_ours(batch, parameters, build(ak), 37, backend=backend, step=3, **options)
         if "statistics" in options:
             output = expected._replace(loss=output.loss)
