@@ -1,6 +1,6 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
-from .losses.advantages import group_advantages
+from .losses.advantages import group_advantages, multi_reward_advantages
 from .losses.linear import LinearPolicyLoss, linear_policy_loss
 from .losses.logits import PolicyLoss, policy_loss
 from .losses.logprobs import logprob_policy_loss
@@ -76,6 +76,7 @@ __all__ = [
     "logprob_policy_loss",
     "lp_reg",
     "min_p_token_logprobs",
+    "multi_reward_advantages",
     "nsr",
     "plan_rows",
     "policy_loss",
