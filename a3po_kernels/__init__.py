@@ -4,6 +4,7 @@ from .losses.advantages import group_advantages, multi_reward_advantages
 from .losses.linear import LinearPolicyLoss, linear_policy_loss
 from .losses.logits import PolicyLoss, policy_loss
 from .losses.logprobs import logprob_policy_loss
+from .losses.rollout_correction import RolloutCorrection, rollout_correction
 from .losses.rows import RowPlan, plan_rows
 from .losses.stages import PolicyLossOutput
 from .named_objectives import (
@@ -57,6 +58,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyLossOutput",
     "Reinforce",
+    "RolloutCorrection",
     "RowPlan",
     "Sapo",
     "TokenRule",
@@ -82,6 +84,7 @@ __all__ = [
     "policy_loss",
     "presets",
     "psr",
+    "rollout_correction",
     "sapo",
     "select_tokens",
     "token_logprobs",

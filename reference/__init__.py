@@ -34,6 +34,7 @@ from .presets import (
     sapo,
     w_reinforce,
 )
+from .rollout_correction import rollout_correction
 from .selection import group_advantages, select_tokens
 from .statistics import TokenStats, logits_gradient, min_p_token_logprobs, token_logprobs
 
@@ -41,6 +42,6 @@ __all__ = [
     "Cispo", "Clip", "Constant", "CosineDecay", "ExponentialDecay", "LinearDecay", "MinPRegularizer", "Objective",
     "PolarityWeights", "PolicyLossOutput", "Reinforce", "Sapo", "TokenRule", "TokenStats", "a3po", "cispo", "dapo",
     "dr_grpo", "estimated_advantages", "fork_tokens", "group_advantages", "grpo", "gspo", "logits_gradient", "lp_reg",
-    "min_p_token_logprobs", "multi_reward_advantages", "nsr", "policy_loss", "psr", "sapo",
+    "min_p_token_logprobs", "multi_reward_advantages", "nsr", "policy_loss", "psr", "rollout_correction", "sapo",
     "select_tokens", "token_logprobs", "w_reinforce",
 ]  # fmt: skip
