@@ -306,3 +306,13 @@ def test_compiled(level):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(trainer, rollout, mask)
     assert torch.equal(plain.weights, compiled.weights) and torch.equal(plain.keep, compiled.keep)
     assert numbers(plain.metrics) == numbers(compiled.metrics)
+
+
+@pytest.mark.parametrize("bad", [[0, 3], [1, 4], [0, 9]])
+def test_wrong_offsets_unread(bad):
+    """Where cu_seqlens are not read, as on a GPU, wrong ends give some result and index nothing out of bounds."""
+    flat = torch.zeros(4)
+    with NoHostReads():
+        for level in LEVELS:
+            found = rollout_correction(flat, flat, cu_seqlens=torch.tensor(bad), level=level, veto=0.5)
+            assert found.weights.shape == (4,)
