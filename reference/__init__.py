@@ -4,6 +4,7 @@ Every formula is the naive one and every gradient comes from autograd through it
 `logits_gradient`, is the closed form of the specification, here to be compared with autograd.
 """
 
+from .advantages import estimated_advantages, multi_reward_advantages
 from .loss import PolicyLossOutput, policy_loss
 from .objectives import (
     Cispo,
@@ -33,12 +34,14 @@ from .presets import (
     sapo,
     w_reinforce,
 )
+from .rollout_correction import rollout_correction
 from .selection import group_advantages, select_tokens
 from .statistics import TokenStats, logits_gradient, min_p_token_logprobs, token_logprobs
 
 __all__ = [
     "Cispo", "Clip", "Constant", "CosineDecay", "ExponentialDecay", "LinearDecay", "MinPRegularizer", "Objective",
     "PolarityWeights", "PolicyLossOutput", "Reinforce", "Sapo", "TokenRule", "TokenStats", "a3po", "cispo", "dapo",
-    "dr_grpo", "fork_tokens", "group_advantages", "grpo", "gspo", "logits_gradient", "lp_reg", "min_p_token_logprobs",
-    "nsr", "policy_loss", "psr", "sapo", "select_tokens", "token_logprobs", "w_reinforce",
+    "dr_grpo", "estimated_advantages", "fork_tokens", "group_advantages", "grpo", "gspo", "logits_gradient", "lp_reg",
+    "min_p_token_logprobs", "multi_reward_advantages", "nsr", "policy_loss", "psr", "rollout_correction", "sapo",
+    "select_tokens", "token_logprobs", "w_reinforce",
 ]  # fmt: skip
