@@ -1,9 +1,10 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
-from .losses.advantages import group_advantages
+from .losses.advantages import group_advantages, multi_reward_advantages
 from .losses.linear import LinearPolicyLoss, linear_policy_loss
 from .losses.logits import PolicyLoss, policy_loss
 from .losses.logprobs import logprob_policy_loss
+from .losses.rollout_correction import RolloutCorrection, rollout_correction
 from .losses.rows import RowPlan, plan_rows
 from .losses.stages import PolicyLossOutput
 from .named_objectives import (
@@ -77,6 +78,7 @@ __all__ = [
     "PolicyLossOutput",
     "Ratio",
     "Reinforce",
+    "RolloutCorrection",
     "RowPlan",
     "Sapo",
     "TokenRule",
@@ -104,11 +106,13 @@ __all__ = [
     "lp_reg",
     "luspo",
     "min_p_token_logprobs",
+    "multi_reward_advantages",
     "nsr",
     "plan_rows",
     "policy_loss",
     "presets",
     "psr",
+    "rollout_correction",
     "sapo",
     "select_tokens",
     "token_logprobs",

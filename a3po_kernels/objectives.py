@@ -361,6 +361,8 @@ class Objective:
         replaces = any(isinstance(rule, TokenRule) and rule.replacement is not None for rule in self.shaping)
         if isinstance(self.surrogate, Gmpo) and replaces:
             raise ValueError("a rule's replacement is of single tokens, and Gmpo's ratio of the whole rollout")
+        if self.low_probability is not None and replaces:
+            raise ValueError("low_probability replaces the surrogate of some tokens, and so does a rule: take one")
         if isinstance(self.surrogate, Dppo) and self.ratio_level != "token":
             raise ValueError(f"Dppo is of the token: ratio_level must be 'token'; got {self.ratio_level!r}")
         _check_number("log_ratio_coef", self.log_ratio_coef, 0.0)

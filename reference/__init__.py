@@ -4,6 +4,7 @@ Every formula is the naive one and every gradient comes from autograd through it
 `logits_gradient`, is the closed form of the specification, here to be compared with autograd.
 """
 
+from .advantages import estimated_advantages, multi_reward_advantages
 from .loss import PolicyLossOutput, policy_loss
 from .objectives import (
     Cispo,
@@ -48,14 +49,15 @@ from .presets import (
     vespo,
     w_reinforce,
 )
+from .rollout_correction import rollout_correction
 from .selection import group_advantages, select_tokens
 from .statistics import TokenStats, logits_gradient, min_p_token_logprobs, token_logprobs
 
 __all__ = [
     "Cispo", "Clip", "Constant", "CosineDecay", "Dppo", "ExponentialDecay", "Gmpo", "LinearDecay", "MinPRegularizer",
     "Nothing", "Objective", "OffPolicyMask", "PolarityWeights", "PolicyLossOutput", "Ratio", "Reinforce", "Sapo",
-    "TokenRule", "TokenStats", "Topr", "Vespo", "a3po", "cispo", "clip_cov", "dapo", "dppo", "dr_grpo", "fork_tokens",
-    "gmpo", "group_advantages", "grpo", "gspo", "gspo_token", "kl_cov", "logits_gradient", "lp_reg", "luspo",
-    "min_p_token_logprobs", "nsr", "policy_loss", "psr", "sapo", "select_tokens", "token_logprobs", "topr", "vespo",
-    "w_reinforce",
+    "TokenRule", "TokenStats", "Topr", "Vespo", "a3po", "cispo", "clip_cov", "dapo", "dppo", "dr_grpo",
+    "estimated_advantages", "fork_tokens", "gmpo", "group_advantages", "grpo", "gspo", "gspo_token", "kl_cov",
+    "logits_gradient", "lp_reg", "luspo", "min_p_token_logprobs", "multi_reward_advantages", "nsr", "policy_loss",
+    "psr", "rollout_correction", "sapo", "select_tokens", "token_logprobs", "topr", "vespo", "w_reinforce",
 ]  # fmt: skip

@@ -32,8 +32,9 @@ class Batch:
 
 
 def read_batch(
-    targets, mask, cu_seqlens, ignore_index, dtype, *, advantages, polarity, importance_weights, scores, **per_token
-) -> Batch:
+    targets, mask, cu_seqlens, ignore_index, dtype, *, advantages, polarity, importance_weights, scores=None,
+    **per_token,
+) -> Batch:  # fmt: skip
     shape = targets.shape
     rollouts = rollouts_of(shape, cu_seqlens)
     on = read_mask(mask, shape)

@@ -152,10 +152,10 @@ def _apply_widely(
             rounding=rule.rounding, backend=backend,
         )  # fmt: skip
     if rule.threshold is not None:
-        bound = rule.threshold
+        limit = rule.threshold
         if rule.metric == "probability":  # by its logarithm
-            bound = math.log(bound) if bound > 0 else -math.inf
-        chosen = chosen & (form.metric > bound if form.high else form.metric < bound)
+            limit = math.log(limit) if limit > 0 else -math.inf
+        chosen = chosen & (form.metric > limit if form.high else form.metric < limit)
     if form.rest != 1.0:
         weights = torch.where(eligible & ~chosen, weights * form.rest, weights)
     return torch.where(chosen, weights * form.scale, weights), chosen
