@@ -326,7 +326,12 @@ class Objective:
             if not isinstance(weight, (OffPolicyMask, Vespo, Topr)):
                 raise TypeError(f"ratio_weights takes OffPolicyMask, Vespo and Topr, got {weight!r}")
         one_of("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
-        for surrogate in (self.surrogate, *(getattr(step, "replacement", None) for step in self.shaping)):
+        replacements = [step.replacement for step in self.shaping if getattr(step, "replacement", None) is not None]
+        if replacements and isinstance(self.surrogate, Gmpo):
+            raise ValueError("a rule's replacement is of single tokens, Gmpo's ratio of the whole rollout")
+        if replacements and self.low_probability is not None:
+            raise ValueError("low_probability and a rule's replacement both take the surrogate's place: give one")
+        for surrogate in (self.surrogate, *replacements):
             if isinstance(surrogate, Dppo) and self.ratio_level != "token":
                 raise ValueError(f"Dppo needs ratio_level 'token', got {self.ratio_level!r}")
         if isinstance(self.surrogate, Gmpo) and self.ratio_level != "sequence":

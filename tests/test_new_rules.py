@@ -123,12 +123,6 @@ REPLACEMENTS = {
     "under ratio weights": lambda m: m.Objective(shaping=(
         m.TokenRule(metric="mine", ratio=0.4, scope="batch", replacement=m.Ratio(0.7)),
     ), ratio_weights=(m.Topr("geometric"),)),
-    "within GMPO": lambda m: m.Objective(surrogate=m.Gmpo(0.1, 0.1), ratio_level="sequence", shaping=(
-        m.TokenRule(metric="mine", ratio=0.5, scope="batch", replacement=m.Nothing()),
-    )),
-    "beside Lp-Reg": lambda m: m.Objective(low_probability=m.MinPRegularizer(0.5), shaping=(
-        m.TokenRule(metric="mine", ratio=0.5, scope="batch", replacement=m.Reinforce()),
-    )),
 }  # fmt: skip
 
 
@@ -187,8 +181,7 @@ def scored(batch):
 def make_batch(name, variant, device):
     batch = random_batch(len(name), device=device, per_token=variant == "per-token")
     batch.keywords["scores"] = scored(batch)
-    if name != "beside Lp-Reg":
-        del batch.keywords["min_p_logprobs"]
+    del batch.keywords["min_p_logprobs"]
     if variant == "unweighted":
         del batch.keywords["importance_weights"]
     return batch.packed() if variant == "packed" else batch
@@ -216,8 +209,7 @@ def test_linear_routes(name, backend, device):
     build = OBJECTIVES[name]
     batch, parameters = linear_batch(len(name), device=device)
     batch.keywords["scores"] = scored(batch)
-    if name != "beside Lp-Reg":
-        del batch.keywords["min_p_logprobs"]
+    del batch.keywords["min_p_logprobs"]
     expected, truths = run_reference(batch, parameters, build(reference), 37, step=3)
     truths = [1.5 * truth for truth in truths]
     small = {"max_chunk_bytes": 5 * 296}
@@ -228,12 +220,15 @@ def test_linear_routes(name, backend, device):
         assert_outputs(output, found, expected, truths, 1e-11)
 
 
-@pytest.mark.parametrize("name", [*RULES, "a later one wins", "vespo on a clip", "topr, token", "mask"])
+# On-policy a rule of source "old" has no policy to read in, either.
+ON_POLICY = [*(name for name in RULES if name != "function of the old policy"), "a later one wins", "vespo on a clip",
+             "topr, token", "mask"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
 def test_on_policy(name, backend, device):
     if INTERPRETED:
         pytest.skip("the interpreter is slow")
-    if name == "function of the old policy":
-        pytest.skip("on-policy a rule of source 'old' has no policy to read in either")
     batch, build = make_batch(name, "per-token", device), OBJECTIVES[name]
     del batch.keywords["old_logprobs"], batch.keywords["old_entropy"]
     output, gradient = run(ak, batch, build(ak), backend=backend)
@@ -281,12 +276,21 @@ def test_a_score_that_is_not_given_is_named(backend, device):
         run(ak, batch, objective, backend=backend, scores={"yours": torch.rand(5, 11), "mine": torch.rand(4)})
 
 
+def test_a_dppo_replacement_needs_the_ratio_of_the_token():
+    rule = ak.TokenRule(replacement=ak.Dppo())
+    for level in ("sequence", "sequence-token"):
+        with pytest.raises(ValueError, match="ratio_level"):
+            ak.Objective(shaping=(rule,), ratio_level=level)
+
+
 def test_parts_that_do_not_go_together():
     """Refused when the objective is made, with the argument's name."""
+    replacing = ak.TokenRule(replacement=ak.Reinforce())
     for call, word in (
         (lambda: ak.Objective(surrogate=ak.Gmpo()), "ratio_level"),
         (lambda: ak.Objective(surrogate=ak.Dppo(), ratio_level="sequence"), "ratio_level"),
-        (lambda: ak.Objective(shaping=(ak.TokenRule(replacement=ak.Dppo()),), ratio_level="sequence"), "ratio_level"),
+        (lambda: ak.Objective(shaping=(replacing,), surrogate=ak.Gmpo(), ratio_level="sequence"), "replacement"),
+        (lambda: ak.Objective(shaping=(replacing,), low_probability=ak.MinPRegularizer()), "low_probability"),
         (lambda: ak.gspo_token(kl_estimator="k3-ratio"), "k3-ratio"),
         (lambda: ak.TokenRule(quantile=0.5), "scope"),
         (lambda: ak.TokenRule(quantile=1.5, scope="batch"), "quantile"),

@@ -295,6 +295,8 @@ def test_bad_values_are_refused():
         lambda: objective(surrogate=ref.Gmpo()), lambda: objective(surrogate=ref.Gmpo(), ratio_level="sequence-token"),
         lambda: objective(surrogate=ref.Dppo(), ratio_level="sequence"), lambda: objective(ratio_level="rollout"),
         lambda: objective(shaping=[rule(replacement=ref.Dppo())], ratio_level="sequence"),
+        lambda: objective([rule(replacement=ref.Ratio())], ref.Gmpo(), "sequence"),
+        lambda: objective([rule(replacement=ref.Ratio())], low_probability=ref.MinPRegularizer()),
         lambda: ref.gspo_token(kl_estimator="k3-ratio"), lambda: ref.gmpo(kl_estimator="k3-ratio"),
         lambda: rule(quantile=1.5, scope="batch"), lambda: rule(quantile=0.5), lambda: rule(threshold=NAN),
     ):  # fmt: skip
