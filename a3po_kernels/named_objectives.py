@@ -237,7 +237,8 @@ class CovarianceCandidates:
         candidate = (value > self.low) & (value < self.high) & ~cut & t.mask
         # Fractions of multiples of irrational numbers: even, and the same on every route and in either spelling.
         turns = 0.7548776662466927 * t.position.double() + 0.5698402909980532 * t.rollout.double()
-        turns = turns + 0.6180339887498949 * (t.step + 1.0) + 0.3247179572447461 * self.seed
+        step = t.step.double() if hasattr(t.step, "double") else t.step
+        turns = turns + 0.6180339887498949 * (step + 1.0) + 0.3247179572447461 * self.seed
         even = (turns - turns.floor()) * 0.998 + 0.001
         return even.to(value.dtype).masked_fill(~candidate, -1.0)
 

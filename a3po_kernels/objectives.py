@@ -164,7 +164,8 @@ class CustomSurrogate:
     KL and entropy terms and the aggregation follow. It should neither write into t's tensors nor wait for the device.
 
     depends_on: what the loss of a token is a function of: that "token" alone, its "rollout", or the whole "batch". It
-    decides what may be cut into chunks or left out, and is checked once on an example.
+    decides what may be cut into chunks or left out, and is checked on an example at the first use (not under
+    torch.compile).
     """
 
     loss: Callable[[Any], Any]
@@ -237,6 +238,11 @@ class TokenRule:
     def reads_policy(self) -> bool:
         """Whether the metric is of a policy, old or current, and not a score of the caller's."""
         return callable(self.metric) or self.metric in POLICY_METRICS
+
+    @property
+    def may_read_current(self) -> bool:
+        """Whether the metric is, or on-policy becomes, one of the current policy."""
+        return self.source == "current" if callable(self.metric) else self.reads_policy
 
 
 @dataclass(frozen=True)
@@ -363,10 +369,11 @@ class Objective:
             raise ValueError("a rule's replacement is of single tokens, and Gmpo's ratio of the whole rollout")
         if self.low_probability is not None and replaces:
             raise ValueError("low_probability replaces the surrogate of some tokens, and so does a rule: take one")
-        if isinstance(self.surrogate, Dppo) and self.ratio_level != "token":
+        others = [rule.replacement for rule in self.shaping if isinstance(rule, TokenRule)]
+        if self.ratio_level != "token" and any(isinstance(x, Dppo) for x in (self.surrogate, *others)):
             raise ValueError(f"Dppo is of the token: ratio_level must be 'token'; got {self.ratio_level!r}")
         _check_number("log_ratio_coef", self.log_ratio_coef, 0.0)
-        if self.ratio_level != "token" and isinstance(self.surrogate, CustomSurrogate):
+        if self.ratio_level != "token" and any(isinstance(x, CustomSurrogate) for x in (self.surrogate, *others)):
             raise ValueError("ratio_level 'sequence' is t.rollout_mean(t.log_ratio) in a CustomSurrogate's function")
         if self.low_probability is not None and isinstance(self.surrogate, CustomSurrogate):
             raise ValueError("low_probability replaces the loss of some tokens, which a CustomSurrogate writes itself")

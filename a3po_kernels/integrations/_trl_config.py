@@ -10,7 +10,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..named_objectives import presets
-from ..objectives import Cispo, Clip, Objective, OffPolicyMask, TokenRule
+from ..objectives import Cispo, Clip, Objective, OffPolicyMask, TokenRule, Vespo
 from ._presets import build_objective
 
 # Field of the configuration -> keyword of the presets.
@@ -159,6 +159,19 @@ class A3POConfig(GRPOConfig):
         for rule in objective.shaping:
             if isinstance(rule, TokenRule) and not rule.reads_policy:
                 raise ValueError(f"objective selects by the score {rule.metric!r}, which TRL's trainers do not have")
+            inexact = isinstance(rule, TokenRule) and (rule.quantile, rule.threshold) != (None, None)
+            inexact = inexact and rule.rest_scale == 0
+            if inexact and objective.normalize_over == "selected":
+                raise ValueError(
+                    "normalize_over='selected' divides by the tokens that a step keeps, and how many a rule with a "
+                    "quantile or a threshold keeps is not known ahead"
+                )
+        folds = any(isinstance(weight, Vespo) for weight in objective.ratio_weights)
+        if folds and self.use_vllm and self.vllm_importance_sampling_mode.startswith("sequence"):
+            raise ValueError(
+                "vespo takes the sampler's ratios token by token, as in TRL: set vllm_importance_sampling_mode to "
+                f"'token_truncate' or 'token_mask'; got {self.vllm_importance_sampling_mode!r}"
+            )
         wanted = objective.kl_coef
         if vars(self)["beta"] not in (0.0, wanted):
             raise ValueError(f"beta = {vars(self)['beta']} and the objective's kl_coef = {wanted} differ")

@@ -298,7 +298,7 @@ class A3POTrainer(GRPOTrainer):
         """1 where the lower or the upper bound clips, [B, T], or [B, 1] for a ratio per rollout."""
         objective = self.policy_objective
         gap = (out.logprobs - batch.get("old_logprobs", out.logprobs)) * mask
-        if objective.ratio_level == "sequence":
+        if objective.ratio_level != "token":
             gap = gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
             advantages = advantages[:, :1]
         ratio = gap.exp()

@@ -96,8 +96,9 @@ def _with_bounds(objective: Objective, config: Any) -> Objective:
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     surrogate = objective.surrogate
     if isinstance(surrogate, Clip) and objective.low_probability is None:
-        # verl's GSPO has no dual clip.
-        dual = None if objective.ratio_level != "token" else config.get("clip_ratio_c", 3.0)
+        # verl's GSPO and Clip-Cov have no dual clip.
+        covariance = any(isinstance(getattr(r, "metric", None), CovarianceCandidates) for r in objective.shaping)
+        dual = None if objective.ratio_level != "token" or covariance else config.get("clip_ratio_c", 3.0)
         surrogate = Clip(low, high, dual, surrogate.delta)
     elif isinstance(surrogate, Cispo):
         surrogate = Cispo(1.0 + high, low)

@@ -43,7 +43,8 @@ class TokenBatch:
     targets: int64, ignore_index where no token is (None without logits). offsets: int64 [S + 1] of the rollouts,
     rollout: int32 [N], counts: [S] tokens of each. weights: the factors of the objective's leading PolarityWeights.
     divisor, max_length: what the aggregation divides by, where the caller says. scores: the caller's, by name.
-    position: int64, the place in its rollout; None where no function of the tokens may ask for it.
+    position: int64, the place in its rollout; None where no function of the tokens may ask for it. importance_each:
+    whether each token has an importance weight of its own, or its rollout one.
     """
 
     layout: TokenLayout
@@ -65,6 +66,7 @@ class TokenBatch:
     max_length: float
     scores: dict[str, Tensor]
     position: Tensor | None
+    importance_each: bool
 
     @classmethod
     def read(
@@ -96,7 +98,7 @@ class TokenBatch:
             layout.flat(given.ref_logprobs, dtype), read.importance, layout.flat(given.min_p_logprobs, dtype),
             as_number(given.step, layout.offsets.device), as_number(given.denominator, layout.offsets.device), length,
             {name: values.detach().reshape(-1).to(dtype) for name, values in (given.scores or {}).items()},
-            _positions(layout, read.rollout) if calls_functions(objective) else None,
+            _positions(layout, read.rollout) if calls_functions(objective) else None, not per_rollout[2],
         )  # fmt: skip
 
     def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:

@@ -30,11 +30,24 @@ def _loss(surrogate: CustomSurrogate, values: TokenValues) -> Tensor:
     return loss
 
 
+class _AnyScore(dict):
+    """A score by whatever name, of the rows that are there."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+
+    def __missing__(self, name: str) -> Tensor:
+        return (1.7 * self.rows.double() + len(name)).sin()
+
+
 def _example(rows: Tensor, lengths: list[int], all_values: Mapping[str, Tensor]) -> TokenValues:
     offsets = torch.tensor([0, *lengths], device=rows.device).cumsum(0)
     rollout = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), offsets.diff())
     mask = torch.ones(rows.numel(), dtype=torch.bool, device=rows.device)
-    return TokenValues(mask, rollout, offsets, offsets.diff().double(), {k: v[rows] for k, v in all_values.items()})
+    given = {name: values[rows] for name, values in all_values.items()}
+    values = TokenValues(mask, rollout, offsets, offsets.diff().double(), given)
+    values.scores = _AnyScore(rows)
+    return values
 
 
 @torch.no_grad()
@@ -54,6 +67,7 @@ def _check_dependence(surrogate: CustomSurrogate, device: torch.device) -> bool:
             "entropy": normal(1.0).abs(), "advantages": sign * (0.5 + normal(spread).abs()), "polarity": sign,
             "weights": 1.0 + normal(0.1).abs(), "selected": normal(1.0) > 0, "old_entropy": normal(1.0).abs(),
             "position": torch.tensor([0, 1, 2, 0, 0, 1, 2, 3], device=device),
+            "rollout": torch.tensor([0, 0, 0, 1, 2, 2, 2, 2], device=device),
         }  # fmt: skip
         rows = torch.arange(count, device=device)
         whole = _loss(surrogate, _example(rows, lengths, given))
@@ -74,16 +88,23 @@ def check_custom(surrogate: CustomSurrogate, device: torch.device) -> None:
     """_check_dependence, once for a surrogate, on an example on the batch's device."""
     if getattr(surrogate, "_checked", False) or torch.compiler.is_compiling():
         return
-    object.__setattr__(surrogate, "_checked", _check_dependence(surrogate, device))
+    try:
+        passed = _check_dependence(surrogate, torch.device("cpu"))  # which waits for nothing
+    except RuntimeError:
+        if device.type == "cpu":
+            raise
+        passed = _check_dependence(surrogate, device)  # a function may hold tensors of its own there
+    object.__setattr__(surrogate, "_checked", passed)
 
 
 def custom_terms(
     surrogate: CustomSurrogate, batch: TokenBatch, stats: TokenStats, weights: Tensor, selected: Tensor | None,
-    scale: Tensor, has_entropy: bool,
+    mine: Tensor | None, scale: Tensor, has_entropy: bool,
 ) -> PolicyTerms:  # fmt: skip
-    """The surrogate's loss and coefficients, attached to nothing; without metrics."""
+    """The surrogate's loss and coefficients at the tokens `mine` (None: all), attached to nothing; without metrics."""
     tokens = batch.tokens
     kept = tokens & (weights != 0)
+    kept = kept if mine is None else kept & mine
     rollout = batch.rollout.long()
     factor = torch.where(kept, scale[rollout], 0.0)
     if batch.importance is not None:

@@ -82,7 +82,7 @@ def logprob_policy_loss(
 
     logp = flat(logprobs)
     stats = TokenStats(logp, torch.zeros_like(logp) if entropy is None else flat(entropy))
-    shaped = shape(objective, batch, stats, backend)
+    shaped = shape(objective, batch, stats, backend, has_entropy=entropy is not None)
     scale = loss_scale(objective, batch, shaped.weights, backend)
     terms = token_terms(objective, batch, stats, shaped, scale, backend, has_entropy=entropy is not None)
     out = policy_output(batch, terms.loss, stats, shaped.weights, terms.metrics, "logprobs")

@@ -104,6 +104,8 @@ def _most_kept(objective: Objective, plan: RowPlan, rollouts: int) -> int:
     for rule in objective.shaping:
         if not isinstance(rule, TokenRule) or rule.rest_scale != 0 or rule.polarity is not None:
             continue
+        if rule.quantile is not None:
+            continue  # of ties it keeps any number
         lengths = [most] if rule.scope == "batch" else [b - a for a, b in itertools.pairwise(plan.boundaries)]
         if rule.scope == "batch" or (rule.scope == "rollout" and len(lengths) == rollouts):
             share = Fraction(str(rule.ratio))
@@ -148,8 +150,10 @@ def one_pass(
     plain = plain and objective.low_probability is None and my_shaped is not None and not my_shaped.replaced
     together = unit == "token" and plain
 
+    found_here: ShapedTokens | None = None
+
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
-        nonlocal factor, units
+        nonlocal factor, units, found_here
         found = tuple(result[at] for result in results)
         chunk = my_transform.at(at)
         part = mine.at(at, mine.offsets.clamp(at.start, at.stop) - at.start)
@@ -161,6 +165,7 @@ def one_pass(
             return tile, None
         fold_statistics(tile[None], my_targets[at], chunk, found, backend)
         here = shape(objective, part, stats, backend) if my_shaped is None else _shaped_at(my_shaped, at)
+        found_here = here
         if factor is None:
             assert callable(scale)
             factor = scale(scatter_rows(here.weights, rows, count))
@@ -190,6 +195,9 @@ def one_pass(
         others = head_statistics(head, batch.targets, transform, plan.rest, max_bytes, backend)
         logp, entropy = logp + others[0], entropy + others[1]
     stats = TokenStats(logp, entropy)
+    if shaped is None and unit == "batch" and found_here is not None:
+        # What the batch's one chunk has selected: sums over other rows too may round another way.
+        shaped = _scattered(found_here, rows, count)
     # The rules on all rows select what they selected in the chunks.
     shaped = shape(objective, batch, stats, backend) if shaped is None else shaped
     assert factor is not None and units is not None
@@ -221,6 +229,13 @@ def _shaped_at(shaped: ShapedTokens | None, rows: slice | Tensor | None) -> Any:
     selected = None if shaped.selected is None else shaped.selected[rows]
     replaced = tuple((chosen[rows], surrogate) for chosen, surrogate in shaped.replaced)
     return ShapedTokens(shaped.weights[rows], selected, shaped.beta, replaced)
+
+
+def _scattered(shaped: ShapedTokens, rows: Tensor | None, count: int) -> ShapedTokens:
+    """That of some rows among `count`; the others are no tokens."""
+    selected = None if shaped.selected is None else scatter_rows(shaped.selected, rows, count)
+    replaced = tuple((scatter_rows(chosen, rows, count), surrogate) for chosen, surrogate in shaped.replaced)
+    return ShapedTokens(scatter_rows(shaped.weights, rows, count), selected, shaped.beta, replaced)
 
 
 class _Attach(torch.autograd.Function):

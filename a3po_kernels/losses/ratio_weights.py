@@ -45,15 +45,15 @@ def importance_of(objective: Objective, batch: TokenBatch, logprobs: Tensor) -> 
             ratio = level(gap).clamp(-20.0, 20.0).exp().clamp(weight.low, weight.high)
             factor = torch.where(batch.advantages < 0, ratio, torch.ones_like(ratio))
         else:
-            factor = _vespo(weight, batch, total(gap.clamp(-20.0, 20.0)), total)
+            factor = _vespo(weight, batch, total(gap.clamp(-20.0, 20.0)), total if batch.importance_each else mean)
         importance = factor if importance is None else importance * factor
     return importance
 
 
-def _vespo(weight: Vespo, batch: TokenBatch, log_ratio: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """VESPO's factor; the importance weights are in its ratio."""
+def _vespo(weight: Vespo, batch: TokenBatch, log_ratio: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+    """VESPO's factor; the importance weights are in its ratio, as join makes one of a rollout's."""
     if batch.importance is not None:
-        log_ratio = log_ratio + total(batch.importance.log().clamp(_LOWEST, 20.0))
+        log_ratio = log_ratio + join(batch.importance.log().clamp(_LOWEST, 20.0))
     log_w = log_ratio.clamp(_LOWEST, 20.0)
     up = batch.advantages >= 0
     k = torch.where(up, weight.k_positive, weight.k_negative).to(log_w.dtype)

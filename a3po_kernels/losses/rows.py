@@ -75,7 +75,8 @@ def dependence(objective: Objective, current: list[TokenRule]) -> str:
     if objective.low_probability is not None or own == "batch":
         return "batch"
     wide = any(isinstance(rule, TokenRule) and rule.scope != "rollout" for rule in objective.shaping)
-    wide = wide or any(callable(rule.metric) for rule in current)  # which may read the whole batch
+    # A function may read the whole batch.
+    wide = wide or any(isinstance(rule, TokenRule) and callable(rule.metric) for rule in objective.shaping)
     if current and (wide or objective.normalize_over == "selected"):
         return "batch"
     together = objective.ratio_level != "token" or own == "rollout" or reads_rollout(objective)
@@ -186,7 +187,7 @@ def plan_rows(
     values = _per_token(layout, advantages.detach())
     sign = values if polarity is None else _per_token(layout, polarity.detach())
     possible = may_move(objective, tokens, values, sign)
-    rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule)]
+    rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule) and rule.may_read_current]
     # As if no old log-probs were given: the rules then read the current policy, and need the most rows together.
     unit = dependence(objective, rules)
     mine = spread(possible, tokens, layout.offsets, unit)

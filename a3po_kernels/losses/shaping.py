@@ -44,12 +44,14 @@ def current_rules(objective: Objective, batch: TokenBatch) -> list[TokenRule]:
 
 
 def _metric(
-    rule: TokenRule, batch: TokenBatch, stats: TokenStats | None, weights: Tensor, selected: Tensor | None
-) -> Tensor:
+    rule: TokenRule, batch: TokenBatch, stats: TokenStats | None, weights: Tensor, selected: Tensor | None,
+    has_entropy: bool,
+) -> Tensor:  # fmt: skip
     """What a rule selects by, [N], without a gradient."""
     if callable(rule.metric):
         current = stats if rule.source == "current" else None
         logprobs, entropy = (None, None) if current is None else (x.detach() for x in current)
+        entropy = entropy if has_entropy else None
         with torch.no_grad():
             found = rule.metric(TokenValues.of(batch, weights, selected, logprobs, entropy))
         if not isinstance(found, Tensor) or found.shape != weights.shape or not found.dtype.is_floating_point:
@@ -66,10 +68,12 @@ def _metric(
     return given.detach()
 
 
-def shape(objective: Objective, batch: TokenBatch, stats: TokenStats | None, backend: str) -> ShapedTokens:
+def shape(
+    objective: Objective, batch: TokenBatch, stats: TokenStats | None, backend: str, has_entropy: bool = True
+) -> ShapedTokens:
     """The tokens' weights, the rules' factors multiplied in the order listed.
 
-    stats, flat [N], may be None where no rule reads the current policy.
+    stats, flat [N], may be None where no rule reads the current policy; has_entropy: whether theirs is one.
     """
     weights = batch.weights
     selected: Tensor | None = None
@@ -103,7 +107,7 @@ def shape(objective: Objective, batch: TokenBatch, stats: TokenStats | None, bac
         if callable(rule.metric):
             weights = apply_waiting(weights)  # which it may read
         form = RuleForm(
-            _metric(rule, batch, stats, weights, selected), rule.polarity or 0, rule.side == "high",
+            _metric(rule, batch, stats, weights, selected, has_entropy), rule.polarity or 0, rule.side == "high",
             rule.rounding == "ceil", rule.ratio, scale, rule.rest_scale,
         )  # fmt: skip
         count = weights.numel()
@@ -132,8 +136,9 @@ def _quantile(values: Tensor, eligible: Tensor, share: float) -> Tensor:
     place = (eligible.sum() - 1).clamp(min=0).to(torch.float64) * share
     below = place.floor().long()
     above = torch.minimum(below + 1, (eligible.sum() - 1).clamp(min=0))
-    low, high = ordered[below], ordered[above]
-    return torch.lerp(low, high, (place - below).to(low.dtype))
+    low, high = ordered.gather(0, torch.stack([below, above])).unbind()
+    share_above = (place - below).to(low.dtype)
+    return torch.where(share_above == 0, low, torch.lerp(low, high, share_above))  # not 0 of inf
 
 
 def _apply_widely(

@@ -102,7 +102,7 @@ def token_terms(
     if objective.ratio_weights:
         batch = replace(batch, importance=importance_of(objective, batch, stats.logprobs))
     if not shaped.replaced:
-        return _terms(objective, objective.surrogate, batch, stats, shaped, scale, backend, has_entropy)
+        return _terms(objective, objective.surrogate, batch, stats, shaped, None, scale, backend, has_entropy)
     # Each surrogate on its own tokens: a weight of 0 leaves the others out.
     detached = TokenStats(stats.logprobs.detach(), stats.entropy.detach())
     left = shaped.weights != 0
@@ -112,17 +112,15 @@ def token_terms(
         left = left & ~chosen
     parts.append((objective.surrogate, left))
 
-    def of(surrogate: Surrogate, mine: Tensor) -> PolicyTerms:
-        some = shaped._replace(weights=shaped.weights * mine)
-        return _terms(objective, surrogate, batch, detached, some, scale, backend, has_entropy)
-
-    return join_terms(stats, [of(*part) for part in parts], batch.counts)
+    found = [_terms(objective, s, batch, detached, shaped, mine, scale, backend, has_entropy) for s, mine in parts]
+    return join_terms(stats, found, batch.counts)
 
 
 def _terms(
     objective: Objective, surrogate: Surrogate, batch: TokenBatch, stats: TokenStats, shaped: ShapedTokens,
-    scale: Tensor, backend: str, has_entropy: bool,
+    mine: Tensor | None, scale: Tensor, backend: str, has_entropy: bool,
 ) -> PolicyTerms:  # fmt: skip
+    """The terms of one surrogate, at the tokens that are its own; None: all."""
     replaced = None
     if objective.low_probability is not None and batch.proxy is not None:
         logp = stats.logprobs.detach()
@@ -133,12 +131,13 @@ def _terms(
             required=2, backend=backend,
         )  # fmt: skip
         replaced = lowest & (logp < batch.proxy)
-    inputs = policy_inputs(objective, batch, shaped, scale, replaced)
+    own_tokens = shaped if mine is None else shaped._replace(weights=shaped.weights * mine)
+    inputs = policy_inputs(objective, batch, own_tokens, scale, replaced)
     form = surrogate_form(objective, surrogate)
     if not isinstance(surrogate, CustomSurrogate):
         return policy_terms(stats.logprobs, stats.entropy, inputs, form, shaped.beta, backend)
     others = policy_terms(stats.logprobs.detach(), stats.entropy.detach(), inputs, form, shaped.beta, backend)
-    own = custom_terms(surrogate, batch, stats, shaped.weights, shaped.selected, scale, has_entropy)
+    own = custom_terms(surrogate, batch, stats, shaped.weights, shaped.selected, mine, scale, has_entropy)
     return join_terms(stats, [own, others], batch.counts)
 
 

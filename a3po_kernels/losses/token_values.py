@@ -40,6 +40,7 @@ class TokenValues:
             "logprobs": logprobs, "entropy": entropy, "old_logprobs": old, "ref_logprobs": batch.reference,
             "old_entropy": batch.old_entropy, "advantages": batch.advantages * weights, "weights": weights,
             "polarity": batch.polarity.sign(), "position": batch.position,
+            "rollout": batch.rollout.long(),
             "selected": torch.zeros_like(batch.tokens) if selected is None else selected,
         }  # fmt: skip
         values = cls(batch.tokens, batch.rollout.long(), batch.offsets, batch.counts, given)
@@ -98,7 +99,7 @@ class TokenValues:
     @property
     def rollout(self) -> Tensor:
         """int64: the number of each one's rollout."""
-        return self._rollout
+        return self._value("rollout")
 
     @property
     def position(self) -> Tensor:

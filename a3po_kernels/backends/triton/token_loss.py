@@ -23,15 +23,18 @@ def maximum(a, b):
 
 @triton.jit
 def _keeps(advantage, logp, old, low, high, KIND: tl.constexpr):
-    """DPPO's trust region: where the policy has not moved too far in the direction that the advantage asks for."""
+    """DPPO's trust region: where the policy has not moved too far in the direction that the advantage asks for.
+
+    NaN is inside: it stays what it is.
+    """
     p = _exp(logp)
     old_p = _exp(old)
     if KIND == "dppo-tv":
-        return tl.where(advantage > 0, p - old_p <= high, p - old_p >= -low)
+        return tl.where(advantage > 0, p - old_p > high, p - old_p < -low) == 0
     else:
         others = tl.log2((1.0 - old_p + 1e-8) / (1.0 - p + 1e-8)) * LN2
         divergence = old_p * (old - logp) + (1.0 - old_p) * others
-        return tl.where(advantage > 0, (divergence <= high) | (p <= old_p), (divergence <= low) | (p >= old_p))
+        return tl.where(advantage > 0, (divergence > high) & (p > old_p), (divergence > low) & (p < old_p)) == 0
 
 
 @triton.jit
