@@ -134,6 +134,18 @@ def test_extreme_ratios(name, number, weighted, backend, device):
     assert output.loss.isfinite() and gradient.isfinite().all()
 
 
+def test_vespo_holds_each_log_ratio(backend, device):
+    """At +-20 by token, before the sum: 30 and -25 cancel, where 5 would end the rollout's weight."""
+    if INTERPRETED:
+        pytest.skip("the interpreter is slow")
+    batch = make_batch("vespo", "unweighted", device)
+    first, second = (~batch.logits[0].isnan().any(-1)).nonzero().flatten()[:2]
+    batch.keywords["old_logprobs"][0, first] -= 30.0
+    batch.keywords["old_logprobs"][0, second] += 25.0
+    _, gradient = compare(batch, pair("vespo"), backend)
+    assert gradient[0, first].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", NEW_PRESETS)
 def test_nothing_to_learn(name, backend, device):
     """No row, no token, only empty rollouts: loss and gradient 0, never NaN."""
