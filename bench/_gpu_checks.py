@@ -84,9 +84,9 @@ def expected(case: Case, preset: str) -> tuple[float, Tensor, Tensor]:
         old_entropy=batch["old_entropy"], min_p_logprobs=batch["min_p_logprobs"],
     )  # fmt: skip
     leaves = [x.cpu().clone().requires_grad_() for x in (case.logprobs, case.entropy)]
-    weights, _ = reference_loss.shaping_weights(objective, read, *(x.detach() for x in leaves), 0)
+    shaping = reference_loss.shape_tokens(objective, read, *(x.detach() for x in leaves), 0)
     scale = reference_loss.loss_denominator_arguments(objective, batch["targets"], None, None)
-    value = reference_loss.objective_value(objective, read, weights, *leaves, *scale)
+    value = reference_loss.objective_value(objective, read, shaping, *leaves, *scale)
     gradients = torch.autograd.grad(value, leaves)
     return value.item(), *(g.to(case.logprobs.device) for g in gradients)
 

@@ -21,6 +21,9 @@ class Batch:
     ref_logprobs: Tensor | None
     min_p_logprobs: Tensor | None
     importance_weights: Tensor | None
+    scores: dict[str, Tensor]
+    rollout: list[int]  # [N]: the number of each row's rollout, and its place there
+    position: list[int]
 
     @property
     def rows(self) -> list[int]:
@@ -29,8 +32,9 @@ class Batch:
 
 
 def read_batch(
-    targets, mask, cu_seqlens, ignore_index, dtype, *, advantages, polarity, importance_weights, **per_token
-) -> Batch:
+    targets, mask, cu_seqlens, ignore_index, dtype, *, advantages, polarity, importance_weights, scores=None,
+    **per_token,
+) -> Batch:  # fmt: skip
     shape = targets.shape
     rollouts = rollouts_of(shape, cu_seqlens)
     on = read_mask(mask, shape)
@@ -48,8 +52,7 @@ def read_batch(
         if signs[row] not in (-1, 0, 1):
             raise ValueError(f"polarity must be -1, 0 or +1, got {signs[row]}")
 
-    def one_per_token(name: str) -> Tensor | None:
-        value = per_token[name]
+    def one_per_token(name: str, value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
         if value.shape != shape:
@@ -60,13 +63,16 @@ def read_batch(
         tokens=tokens,
         advantages=advantages,
         polarity=signs,
-        old_logprobs=one_per_token("old_logprobs"),
-        old_entropy=one_per_token("old_entropy"),
-        ref_logprobs=one_per_token("ref_logprobs"),
-        min_p_logprobs=one_per_token("min_p_logprobs"),
+        old_logprobs=one_per_token("old_logprobs", per_token["old_logprobs"]),
+        old_entropy=one_per_token("old_entropy", per_token["old_entropy"]),
+        ref_logprobs=one_per_token("ref_logprobs", per_token["ref_logprobs"]),
+        min_p_logprobs=one_per_token("min_p_logprobs", per_token["min_p_logprobs"]),
         importance_weights=None
         if importance_weights is None
         else spread("importance_weights", importance_weights, shape, rollouts, dtype),
+        scores={name: one_per_token(f"scores[{name!r}]", value) for name, value in (scores or {}).items()},
+        rollout=[s for s, rollout in enumerate(rollouts) for _ in rollout],
+        position=[i for rollout in rollouts for i in range(len(rollout))],
     )
 
 

@@ -7,18 +7,18 @@ from torch import Tensor
 
 from .batch import Batch, read_batch
 from .objectives import Objective, TokenRule
+from .ratio_weights import ratio_factors, reads_importance_weights
+from .shaping import Shaping, scale_at, shape_tokens
 from .statistics import differentiable_zero, min_p_token_logprobs, token_logprobs
 from .surrogates import (
-    clipped_low_high,
+    clipped,
     dual_clipped,
+    each_with_its_own,
     kl_estimate,
-    log_ratios,
     low_probability_loss,
     low_probability_rows,
-    ratios,
-    scale_at,
-    shaping_weights,
     surrogate_loss,
+    token_inputs,
 )
 
 
@@ -44,6 +44,7 @@ def policy_loss(
     old_entropy: Tensor | None = None,
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    scores: dict[str, Tensor] | None = None,
     step=0,
     denominator: float | Tensor | None = None,
     max_length: int | None = None,
@@ -55,7 +56,8 @@ def policy_loss(
     """The loss of one micro-batch; differentiable with respect to the logits, in float64 for float64 logits.
 
     logits are [B, T, V] (a rollout per row) or [N, V] with cu_seqlens; targets are already shifted. advantages,
-    polarity and importance_weights are per rollout or per token, the other inputs per token.
+    polarity and importance_weights are per rollout or per token, the other inputs per token; scores holds the metrics
+    that token rules name.
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective, got {objective!r}")
@@ -80,38 +82,44 @@ def policy_loss(
         advantages=advantages,
         polarity=polarity,
         importance_weights=importance_weights,
+        scores=scores,
         old_logprobs=old_logprobs,
         old_entropy=old_entropy,
         ref_logprobs=ref_logprobs,
         min_p_logprobs=min_p_logprobs,
     )
     scale = loss_denominator_arguments(objective, targets, denominator, max_length)
-    weights, selected = shaping_weights(objective, batch, logprobs, entropy, step)
+    shaping = shape_tokens(objective, batch, logprobs, entropy, step)
 
-    loss = objective_value(objective, batch, weights, logprobs, entropy, *scale)
+    loss = objective_value(objective, batch, shaping, logprobs, entropy, *scale)
 
     # The same function once more on leaves, to see which tokens have a gradient at all.
     leaves = [x.detach().clone().requires_grad_() for x in (logprobs, entropy)]
     with torch.enable_grad():
-        gradients = torch.autograd.grad(objective_value(objective, batch, weights, *leaves, *scale), leaves)
+        gradients = torch.autograd.grad(objective_value(objective, batch, shaping, *leaves, *scale), leaves)
     active = (gradients[0] != 0) | (gradients[1] != 0)
 
-    out_weights = torch.zeros_like(logprobs, requires_grad=False)  # 0 at rows that are not tokens
-    for row, weight in weights.items():
-        out_weights[row] = weight
     return PolicyLossOutput(
         loss=loss,
         logprobs=stats.logprobs.detach(),
         entropy=stats.entropy.detach(),
-        weights=out_weights.reshape(targets.shape),
-        metrics=metrics_of(objective, batch, out_weights, selected, logprobs.detach(), entropy.detach(), active, step),
+        weights=weights_of(shaping, logprobs).reshape(targets.shape),
+        metrics=metrics_of(objective, batch, shaping, logprobs.detach(), entropy.detach(), active, step),
     )
+
+
+def weights_of(shaping: Shaping, logprobs: Tensor) -> Tensor:
+    """The shaping weights as [N]; 0 at rows that are not tokens."""
+    weights = torch.zeros_like(logprobs, requires_grad=False)
+    for row, weight in shaping.weights.items():
+        weights[row] = weight
+    return weights
 
 
 def objective_value(
     objective: Objective,
     batch: Batch,
-    weights: dict[int, float],
+    shaping: Shaping,
     logprobs: Tensor,
     entropy: Tensor,
     denominator: float | None,
@@ -119,22 +127,25 @@ def objective_value(
 ) -> Tensor:
     """The loss as a function of the log-probabilities and entropies [N]."""
     # A token is dropped iff the product of its shaping factors is exactly 0.
-    kept = [row for row in batch.rows if weights[row] != 0]
-    logp, h = logprobs[kept], entropy[kept]
-    r = ratios(objective, batch, logprobs)[kept]
-    a = batch.advantages[kept] * logp.new_tensor([weights[row] for row in kept])
+    kept = [row for row in batch.rows if shaping.weights[row] != 0]
+    everywhere = token_inputs(objective, batch, logprobs, weights_of(shaping, logprobs))
+    x, h = everywhere.at(kept), entropy[kept]
 
-    loss = surrogate_loss(objective.surrogate, a, logp, r)
+    loss = each_with_its_own(objective, shaping.replacements, kept, x, surrogate_loss)
     regularizer = objective.low_probability
     if regularizer is not None:
         t = batch.min_p_logprobs
         chosen = low_probability_rows(regularizer, batch, kept, logprobs.detach(), t)
         at = torch.tensor([i for i, row in enumerate(kept) if row in chosen], dtype=torch.long)
-        loss = loss.index_put((at,), low_probability_loss(regularizer, a[at], logp[at], r[at], t[kept][at]))
-    if batch.importance_weights is not None:
+        loss = loss.index_put((at,), low_probability_loss(regularizer, x.at(at), t[kept][at]))
+    if batch.importance_weights is not None and not reads_importance_weights(objective):
         loss = loss * batch.importance_weights[kept]
+    loss = loss * ratio_factors(objective, batch, everywhere.log_ratio)[kept]
     if objective.kl_coef != 0:
-        loss = loss + objective.kl_coef * kl_estimate(objective, logp, batch.ref_logprobs[kept], r)
+        loss = loss + objective.kl_coef * kl_estimate(objective, x.logprobs, batch.ref_logprobs[kept], x.ratio)
+    if objective.log_ratio_coef != 0:
+        # Kimi-K2.5 (arXiv 2602.02276), prime-rl's kl_tau: the token's own log ratio, unclamped.
+        loss = loss + objective.log_ratio_coef * x.log_ratio**2
     if objective.entropy_coef != 0:
         loss = loss - objective.entropy_coef * h
 
@@ -192,8 +203,7 @@ def loss_denominator_arguments(objective, targets, denominator, max_length) -> t
 def metrics_of(
     objective: Objective,
     batch: Batch,
-    weights: Tensor,
-    selected: set[int],
+    shaping: Shaping,
     logprobs: Tensor,
     entropy: Tensor,
     active: Tensor,
@@ -206,36 +216,36 @@ def metrics_of(
     def mean(values: Tensor) -> Tensor:
         return values.to(zero.dtype).sum() / len(rows) if rows else zero
 
-    logp, r = logprobs[rows], ratios(objective, batch, logprobs)[rows]
-    # The clip fractions count the kept tokens whose loss is the surrogate's: where Lp-Reg replaced it, nothing clips.
-    kept = [row for row in rows if weights[row] != 0]
-    replaced: list[int] = []
+    x = token_inputs(objective, batch, logprobs, weights_of(shaping, logprobs)).at(rows)
+    # The clip fractions count the kept tokens whose loss is a surrogate's: where Lp-Reg replaced it, nothing clips.
+    kept = [row for row in rows if shaping.weights[row] != 0]
+    regularized: list[int] = []
     if objective.low_probability is not None:
-        replaced = low_probability_rows(objective.low_probability, batch, kept, logprobs, batch.min_p_logprobs)
-    clippable = torch.tensor([row in kept and row not in replaced for row in rows], dtype=torch.bool)
-    shaped = batch.advantages[rows] * weights[rows]
-    low, high = clipped_low_high(objective.surrogate, shaped, r)
+        regularized = low_probability_rows(objective.low_probability, batch, kept, logprobs, batch.min_p_logprobs)
+    clippable = torch.tensor([row in kept and row not in regularized for row in rows], dtype=torch.bool)
+    clips = clippable & each_with_its_own(objective, shaping.replacements, rows, x, clipped)
+    dual = clippable & each_with_its_own(objective, shaping.replacements, rows, x, dual_clipped)
 
     def selected_fraction(sign: int) -> Tensor:
         of_sign = [row for row in rows if batch.polarity[row] == sign]
-        share = len([row for row in of_sign if row in selected]) / len(of_sign) if of_sign else 0.0
+        share = len([row for row in of_sign if row in shaping.selected]) / len(of_sign) if of_sign else 0.0
         return zero + share
 
     rules = [part for part in objective.shaping if isinstance(part, TokenRule)]
     kl = clamped = zero
     if batch.ref_logprobs is not None:
-        kl = mean(kl_estimate(objective, logp, batch.ref_logprobs[rows], r))
+        kl = mean(kl_estimate(objective, x.logprobs, batch.ref_logprobs[rows], x.ratio))
         if objective.kl_clamp is not None:
-            clamped = mean((logp - batch.ref_logprobs[rows]).abs() > objective.kl_clamp)
+            clamped = mean((x.logprobs - batch.ref_logprobs[rows]).abs() > objective.kl_clamp)
     return {
         "entropy": mean(entropy[rows]),
         "kl": kl,
-        "approx_kl": mean(-log_ratios(batch, logprobs)[rows]),
-        "ratio_mean": mean(r),
-        "ratio_max": r.max() if rows else zero,
-        "clip_fraction_low": mean(clippable & low),
-        "clip_fraction_high": mean(clippable & high),
-        "dual_clip_fraction": mean(clippable & dual_clipped(objective.surrogate, shaped, r)),
+        "approx_kl": mean(-x.log_ratio),
+        "ratio_mean": mean(x.ratio),
+        "ratio_max": x.ratio.max() if rows else zero,
+        "clip_fraction_low": mean(clips & (x.advantage < 0)),
+        "clip_fraction_high": mean(clips & (x.advantage > 0)),
+        "dual_clip_fraction": mean(dual),
         "selected_fraction_positive": selected_fraction(1),
         "selected_fraction_negative": selected_fraction(-1),
         "active_fraction": mean(active[rows]),

@@ -92,10 +92,15 @@ class TokenRule:
     Eligible are the tokens of `polarity` (any, if None) that no earlier shaping step dropped. Among the n eligible
     tokens of a scope, k are selected and get selected_scale(step), the others get rest_scale; the tokens that are not
     eligible are left alone (factor 1).
+
+    metric: "probability" or "entropy"; any other word is a name in scores=; or a function of shaping.TokenValues.
+    quantile q: instead of the k, all whose metric is >= ("high") or <= ("low") the eligible metrics' quantile q.
+    threshold: of those, only the tokens whose metric is above ("high") or below ("low") it.
+    replacement: the surrogate of the selected tokens, instead of the objective's; a later rule's wins.
     """
 
     polarity: int | None = None
-    metric: str = "probability"
+    metric: str | Callable = "probability"
     source: str = "old"
     side: str = "low"
     ratio: float = 0.2
@@ -103,15 +108,30 @@ class TokenRule:
     rest_scale: float | Callable = 1.0
     scope: str = "rollout"
     rounding: str = "floor"
+    threshold: float | None = None
+    quantile: float | None = None
+    replacement: object = None
 
     def __post_init__(self):
         one_of("polarity", self.polarity, (None, 1, -1))
-        one_of("metric", self.metric, ("probability", "entropy"))
+        if not callable(self.metric) and not isinstance(self.metric, str):
+            raise TypeError(f"metric must be a word or a function of the tokens' values, got {self.metric!r}")
         one_of("source", self.source, ("old", "current"))
         check_selection(self.ratio, self.side, self.scope, self.rounding)
         for name in ("selected_scale", "rest_scale"):
             if not callable(getattr(self, name)):
                 at_least(name, getattr(self, name), 0)
+        if self.threshold is not None:
+            at_least("threshold", self.threshold, -math.inf)
+        if self.quantile is not None:
+            if not 0 <= self.quantile <= 1:
+                raise ValueError(f"quantile must be in [0, 1], got {self.quantile}")
+            if self.scope != "batch":
+                raise ValueError(f"a quantile is one of the batch: scope must be 'batch', got {self.scope!r}")
+        if self.replacement is not None and (
+            not isinstance(self.replacement, SURROGATES) or isinstance(self.replacement, Gmpo)
+        ):
+            raise TypeError(f"replacement must be a surrogate of single tokens, got {self.replacement!r}")
 
 
 # --- surrogates: the loss of a token as a function of its ratio and log-probability ---
@@ -166,6 +186,101 @@ class Reinforce:
 
 
 @dataclass(frozen=True)
+class Dppo:
+    """DPPO (2602.04879) as its authors and verl release it: -sg(min(r, ratio_cap)) A log p where M, else 0.
+
+    M holds a token whose divergence from the old policy is small, or whose update would make it smaller: "tv" compares
+    p - p_old with the deltas, "kl" the divergence of the two Bernoulli distributions of taking the token.
+    """
+
+    divergence: str = "tv"
+    delta_low: float = 0.2
+    delta_high: float = 0.2
+    ratio_cap: float | None = None
+
+    def __post_init__(self):
+        one_of("divergence", self.divergence, ("tv", "kl"))
+        at_least("delta_low", self.delta_low, 0)
+        at_least("delta_high", self.delta_high, 0)
+        if self.ratio_cap is not None:
+            at_least("ratio_cap", self.ratio_cap, 0, strict=True)
+
+
+@dataclass(frozen=True)
+class Gmpo:
+    """GMPO (2507.20673): -A R, R the geometric mean of the rollout's ratios, each log ratio clipped on one side."""
+
+    epsilon_low: float = 0.4
+    epsilon_high: float = 0.4
+
+    def __post_init__(self):
+        at_least("epsilon_low", self.epsilon_low, 0)
+        at_least("epsilon_high", self.epsilon_high, 0)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """-A r + penalty |l - l_old|: KL-Cov's loss of a token (2505.22617); without the penalty, no clip at all."""
+
+    penalty: float = 0.0
+
+    def __post_init__(self):
+        at_least("penalty", self.penalty, 0)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """0: what Clip-Cov leaves of a token (2505.22617)."""
+
+
+SURROGATES = (Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing)
+
+
+# --- ratio weights: constant factors of the surrogate, made of the log ratios ---
+
+
+@dataclass(frozen=True)
+class OffPolicyMask:
+    """0 where A < 0 and the rollout's mean of l_old - l is above the threshold (DeepSeek-V3.2, 2512.02556, eq. 9)."""
+
+    threshold: float
+
+    def __post_init__(self):
+        at_least("threshold", self.threshold, 0)
+
+
+@dataclass(frozen=True)
+class Vespo:
+    """VESPO (2602.10693): e^lambda w^k e^(-lambda w), w the rollout's ratio, a product; k, lambda by the sign of A."""
+
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+
+    def __post_init__(self):
+        for name in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
+            at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class Topr:
+    """TOPR (2503.14286): 1 where A >= 0, else the ratio held within [low, high].
+
+    The ratio is the rollout's product ("sequence", the paper), its geometric mean or the token's own.
+    """
+
+    level: str = "sequence"
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        one_of("level", self.level, ("sequence", "geometric", "token"))
+        at_least("low", self.low, 0)
+        at_least("high", self.high, self.low)
+
+
+@dataclass(frozen=True)
 class MinPRegularizer:
     """Lp-Reg (2510.03222): the regulariser of the least likely tokens with negative advantage."""
 
@@ -186,8 +301,10 @@ class Objective:
     """Shaping -> surrogate -> regularisers -> aggregation."""
 
     shaping: tuple = ()
-    surrogate: Clip | Cispo | Sapo | Reinforce = Clip()
+    surrogate: Clip | Cispo | Sapo | Reinforce | Dppo | Gmpo | Ratio | Nothing = Clip()
     ratio_level: str = "token"
+    ratio_weights: tuple = ()
+    log_ratio_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_clamp: float | None = None
@@ -198,14 +315,33 @@ class Objective:
 
     def __post_init__(self):
         object.__setattr__(self, "shaping", tuple(self.shaping))
+        object.__setattr__(self, "ratio_weights", tuple(self.ratio_weights))
         for step in self.shaping:
             if not isinstance(step, (PolarityWeights, TokenRule)):
                 raise TypeError(f"shaping takes PolarityWeights and TokenRule, got {step!r}")
-        if not isinstance(self.surrogate, (Clip, Cispo, Sapo, Reinforce)):
-            raise TypeError(f"surrogate must be Clip, Cispo, Sapo or Reinforce, got {self.surrogate!r}")
-        one_of("ratio_level", self.ratio_level, ("token", "sequence"))
+        if not isinstance(self.surrogate, SURROGATES):
+            names = ", ".join(kind.__name__ for kind in SURROGATES)
+            raise TypeError(f"surrogate must be one of {names}, got {self.surrogate!r}")
+        for weight in self.ratio_weights:
+            if not isinstance(weight, (OffPolicyMask, Vespo, Topr)):
+                raise TypeError(f"ratio_weights takes OffPolicyMask, Vespo and Topr, got {weight!r}")
+        one_of("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
+        replacements = [step.replacement for step in self.shaping if getattr(step, "replacement", None) is not None]
+        if replacements and isinstance(self.surrogate, Gmpo):
+            raise ValueError("a rule's replacement is of single tokens, Gmpo's ratio of the whole rollout")
+        if replacements and self.low_probability is not None:
+            raise ValueError("low_probability and a rule's replacement both take the surrogate's place: give one")
+        for surrogate in (self.surrogate, *replacements):
+            if isinstance(surrogate, Dppo) and self.ratio_level != "token":
+                raise ValueError(f"Dppo needs ratio_level 'token', got {self.ratio_level!r}")
+        if isinstance(self.surrogate, Gmpo) and self.ratio_level != "sequence":
+            raise ValueError(f"Gmpo needs ratio_level 'sequence', got {self.ratio_level!r}")
         one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "k3-ratio"))
+        other_ratio = self.ratio_level == "sequence-token" or isinstance(self.surrogate, Gmpo)
+        if self.kl_estimator == "k3-ratio" and other_ratio:
+            raise ValueError("kl_estimator 'k3-ratio' needs the ratio of the token or of the rollout")
         if self.kl_clamp is not None:
             at_least("kl_clamp", self.kl_clamp, 0, strict=True)
+        at_least("log_ratio_coef", self.log_ratio_coef, 0)
         one_of("aggregation", self.aggregation, AGGREGATIONS)
         one_of("normalize_over", self.normalize_over, ("all", "selected"))

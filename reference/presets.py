@@ -1,24 +1,39 @@
 """The published methods as Objectives (the table of SPEC section 3).
 
 Every preset takes the keyword overrides that its parts have: epsilon_low, epsilon_high, dual_clip, delta (Clip),
-kl_coef, kl_estimator, kl_clamp, entropy_coef, aggregation. A keyword that its surrogate does not have is a TypeError.
+kl_coef, kl_estimator, kl_clamp, entropy_coef, log_ratio_coef, ratio_level, ratio_weights, aggregation. A keyword that
+its surrogate does not have is a TypeError.
 """
 
 from collections.abc import Callable
 from dataclasses import fields
 
+import torch
+from torch import Tensor
+
 from .objectives import (
     Cispo,
     Clip,
+    Dppo,
+    Gmpo,
     LinearDecay,
     MinPRegularizer,
+    Nothing,
     Objective,
     PolarityWeights,
+    Ratio,
+    Reinforce,
     Sapo,
     TokenRule,
+    Topr,
+    Vespo,
 )
+from .selection import one_of
 
-OBJECTIVE_OVERRIDES = ("kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation")
+OBJECTIVE_OVERRIDES = (
+    "kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "log_ratio_coef", "ratio_level", "ratio_weights",
+    "aggregation",
+)  # fmt: skip
 
 
 def build(surrogate_class: type, surrogate_defaults: dict, overrides: dict, **objective_fields) -> Objective:
@@ -108,6 +123,7 @@ def a3po(
     `schedule` replaces beta. SPEC is silent on the sides of metric="entropy"; this project's reading: high entropy
     takes the place of low probability, and low entropy that of high probability.
     """
+    one_of("metric", metric, ("probability", "entropy"))
     beta = LinearDecay(rho, alpha, 1.0) if schedule is None else schedule
     shared = {"metric": metric, "source": source, "ratio": ratio, "selected_scale": beta}
     unlikely, likely = ("high", "low") if metric == "entropy" else ("low", "high")
@@ -128,3 +144,94 @@ def cispo(**overrides) -> Objective:
 def sapo(**overrides) -> Objective:
     """SAPO (arXiv 2511.20347); takes tau_positive and tau_negative."""
     return build(Sapo, {}, overrides, aggregation="seq-mean-token-mean")
+
+
+def gspo_token(**overrides) -> Objective:
+    """GSPO-token (arXiv 2507.18071), verl's gspo: the rollout's ratio, each token's own derivative."""
+    return build(Clip, {}, overrides, ratio_level="sequence-token", aggregation="seq-mean-token-mean")
+
+
+def luspo(**overrides) -> Objective:
+    """LUSPO (arXiv 2602.05261): GSPO's loss of a rollout times its length."""
+    return build(Clip, {}, overrides, ratio_level="sequence", aggregation="seq-mean-token-sum")
+
+
+def gmpo(epsilon_low: float = 0.4, epsilon_high: float = 0.4, **overrides) -> Objective:
+    """GMPO (arXiv 2507.20673): the geometric mean of the rollout's clipped ratios."""
+    own = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    return build(Gmpo, own, overrides, ratio_level="sequence", aggregation="seq-mean-token-mean")
+
+
+def dppo(
+    divergence: str = "tv",
+    delta_low: float = 0.2,
+    delta_high: float = 0.2,
+    ratio_cap: float | None = None,
+    **overrides,
+) -> Objective:
+    """DPPO (arXiv 2602.04879), with verl's deltas."""
+    own = {"divergence": divergence, "delta_low": delta_low, "delta_high": delta_high, "ratio_cap": ratio_cap}
+    return build(Dppo, own, overrides)
+
+
+def vespo(
+    k_positive: float = 2.0,
+    lambda_positive: float = 3.0,
+    k_negative: float = 3.0,
+    lambda_negative: float = 2.0,
+    **overrides,
+) -> Objective:
+    """VESPO (arXiv 2602.10693), with the constants of its released scripts and of TRL."""
+    weight = Vespo(k_positive, lambda_positive, k_negative, lambda_negative)
+    return build(Reinforce, {}, overrides, ratio_weights=(weight,))
+
+
+def topr(level: str = "sequence", **overrides) -> Objective:
+    """TOPR (arXiv 2503.14286): the log-probability of a rollout is the sum over its tokens."""
+    return build(Reinforce, {}, overrides, ratio_weights=(Topr(level),), aggregation="seq-mean-token-sum")
+
+
+def covariance(t) -> Tensor:
+    """(A - mean A)(l - mean l) of the batch's tokens (arXiv 2505.22617)."""
+    return (t.advantages - t.batch_mean(t.advantages)) * (t.logprobs - t.batch_mean(t.logprobs))
+
+
+def kl_cov(ratio: float = 0.0002, penalty: float = 0.1, **overrides) -> Objective:
+    """KL-Cov (arXiv 2505.22617): no clip, and a penalty on the tokens of the highest covariance.
+
+    ratio and penalty are verl's defaults; at least one token is penalised.
+    """
+    rule = TokenRule(
+        metric=covariance, source="current", side="high", ratio=ratio, scope="batch", replacement=Ratio(penalty)
+    )
+    return build(Ratio, {}, overrides, shaping=(rule,))
+
+
+def clip_cov(
+    ratio: float = 0.0002, low: float = 1.0, high: float = 5.0, score: str | None = None, **overrides
+) -> Objective:
+    """Clip-Cov (arXiv 2505.22617): floor(ratio N), at least 1, of the tokens whose covariance lies in (low, high) and
+    that the clip does not cut add nothing.
+
+    Which of more candidates are taken is drawn without a seed in the released code and by a hash in a3po_kernels; here
+    it is the first ones, or those of the highest scores[score].
+    """
+    objective = build(Clip, {}, overrides)
+    clip = objective.surrogate
+
+    def candidates(t) -> Tensor:
+        cov, r, a = covariance(t), t.ratio, t.advantages
+        cut = -a * r.clamp(1 - clip.epsilon_low, 1 + clip.epsilon_high) > -a * r
+        rank = torch.ones_like(cov) if score is None else t.scores[score]
+        return torch.where((cov > low) & (cov < high) & ~cut, rank, -torch.inf)
+
+    rule = TokenRule(
+        metric=candidates,
+        source="current",
+        side="high",
+        ratio=ratio,
+        scope="batch",
+        threshold=-1e300,
+        replacement=Nothing(),
+    )
+    return build(Clip, {}, overrides, shaping=(rule,))

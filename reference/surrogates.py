@@ -1,62 +1,15 @@
-"""Shaping weights, ratios, surrogates and regularisers, token by token (SPEC section 3)."""
+"""Ratios, surrogates and regularisers, token by token (SPEC section 3)."""
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
-from .objectives import Cispo, Clip, MinPRegularizer, Objective, PolarityWeights, Sapo, TokenRule
-from .selection import pick, quota, scopes_of
-
-# --- shaping ---
-
-
-def shaping_weights(
-    objective: Objective, batch: Batch, logprobs: Tensor, entropy: Tensor, step
-) -> tuple[dict[int, float], set[int]]:
-    """The product of the shaping factors of every token, in the order listed, and the tokens that a rule selected.
-
-    A token whose product is exactly 0 is dropped: it has no surrogate, KL or entropy term and later rules pass it over.
-    """
-    weights = {row: 1.0 for row in batch.rows}
-    selected: set[int] = set()
-    for part in objective.shaping:
-        if isinstance(part, PolarityWeights):  # PSR, NSR, W-REINFORCE, arXiv 2506.01347
-            factor = {1: part.positive, -1: part.negative, 0: part.zero}
-            for row in weights:
-                weights[row] *= factor[batch.polarity[row]]
-            continue
-        eligible = [
-            [row for row in rows if part.polarity in (None, batch.polarity[row]) and weights[row] != 0]
-            for rows in batch.tokens
-        ]
-        values = rule_metric(part, batch, logprobs, entropy).tolist()
-        for rows in scopes_of(eligible, part.scope):
-            chosen = set(pick(values, rows, quota(len(rows), part.ratio, part.rounding), part.side))
-            for row in rows:
-                weights[row] *= scale_at(part.selected_scale if row in chosen else part.rest_scale, step)
-            selected |= chosen
-    return weights, selected
-
-
-def rule_metric(rule: TokenRule, batch: Batch, logprobs: Tensor, entropy: Tensor) -> Tensor:
-    """What a rule sorts tokens by; a log-probability sorts as its probability does. On-policy, current is old."""
-    on_policy = batch.old_logprobs is None
-    if rule.metric == "probability":
-        return logprobs.detach() if rule.source == "current" or on_policy else batch.old_logprobs
-    if rule.source == "current":
-        return entropy.detach()
-    if batch.old_entropy is not None:
-        return batch.old_entropy
-    if on_policy:
-        return entropy.detach()
-    raise ValueError("a rule on the old policy's entropy needs old_entropy when old_logprobs is given")
-
-
-def scale_at(scale, step) -> float:
-    return float(scale(step) if callable(scale) else scale)
-
+from .objectives import Cispo, Clip, Dppo, Gmpo, MinPRegularizer, Nothing, Objective, Ratio, Sapo
+from .selection import pick
 
 # --- ratios ---
 
@@ -81,43 +34,107 @@ def log_ratios(batch: Batch, logprobs: Tensor) -> Tensor:
     return MinusItself.apply(logprobs) if batch.old_logprobs is None else logprobs - batch.old_logprobs
 
 
-def ratios(objective: Objective, batch: Batch, logprobs: Tensor) -> Tensor:
+def ratios(objective: Objective, batch: Batch, logprobs: Tensor, advantages: Tensor) -> Tensor:
     """r = exp(clamp(l - l_old, +-20)) of every token, as [N]; rows that are not tokens hold 1.
 
     ratio_level="sequence" is GSPO (arXiv 2507.18071): the mean of l - l_old over all tokens of the rollout, dropped
-    ones too, then the clamp; the gradient reaches them all.
+    ones too, then the clamp; the gradient reaches them all. "sequence-token" is its GSPO-token: that value, but each
+    token's own derivative. Of Gmpo it is the geometric mean of the clipped ratios. advantages [N] are the shaped ones.
     """
     result = torch.ones_like(logprobs)
     for rows in batch.tokens:
         if rows:
             difference = log_ratios(batch, logprobs)[rows]
-            if objective.ratio_level == "sequence":
+            if isinstance(objective.surrogate, Gmpo):
+                difference = one_sided(objective.surrogate, advantages[rows], difference).mean().expand(len(rows))
+            elif objective.ratio_level == "sequence":
                 difference = difference.mean().expand(len(rows))
+            elif objective.ratio_level == "sequence-token":
+                difference = difference.mean().detach() + MinusItself.apply(logprobs[rows])
             result = result.index_put((torch.tensor(rows),), difference.clamp(-20.0, 20.0).exp())
     return result
+
+
+def one_sided(gmpo: Gmpo, advantages: Tensor, log_ratio: Tensor) -> Tensor:
+    """GMPO (arXiv 2507.20673): min(d, eps_high) where A >= 0, max(d, -eps_low) where A < 0: in log space."""
+    return torch.where(advantages >= 0, log_ratio.clamp(max=gmpo.epsilon_high), log_ratio.clamp(min=-gmpo.epsilon_low))
 
 
 # --- surrogates: elementwise over tokens, with A the shaped advantage ---
 
 
-def surrogate_loss(surrogate, advantage: Tensor, logprobs: Tensor, ratio: Tensor) -> Tensor:
+class Tokens(NamedTuple):
+    """What a surrogate is a function of, per token."""
+
+    advantage: Tensor
+    logprobs: Tensor
+    old_logprobs: Tensor
+    log_ratio: Tensor  # of the token itself, unclamped
+    ratio: Tensor  # of the objective's ratio_level
+
+    def at(self, rows) -> "Tokens":
+        return Tokens(*(values[rows] for values in self))
+
+
+def token_inputs(objective: Objective, batch: Batch, logprobs: Tensor, weights: Tensor) -> Tokens:
+    """All rows, [N], as the surrogate reads them; weights [N] are those of shaping."""
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    advantages = batch.advantages * weights
+    r = ratios(objective, batch, logprobs, advantages)
+    return Tokens(advantages, logprobs, old, log_ratios(batch, logprobs), r)
+
+
+def each_with_its_own(objective: Objective, replacements: dict, rows: list[int], x: Tokens, function: Callable):
+    """function(surrogate, tokens) of the objective's surrogate, and of its own at the rows whose rule replaced it."""
+    result = function(objective.surrogate, x)
+    for surrogate in dict.fromkeys(replacements.values()):
+        at = torch.tensor([i for i, row in enumerate(rows) if replacements.get(row) == surrogate], dtype=torch.long)
+        result = result.index_put((at,), function(surrogate, x.at(at)))
+    return result
+
+
+def surrogate_loss(surrogate, x: Tokens) -> Tensor:
+    advantage, ratio = x.advantage, x.ratio
     if isinstance(surrogate, Clip):
         loss = before_dual_clip(surrogate, advantage, ratio)
         if surrogate.dual_clip is not None:
-            loss = torch.where(dual_clipped(surrogate, advantage, ratio), -advantage * surrogate.dual_clip, loss)
+            loss = torch.where(dual_clipped(surrogate, x), -advantage * surrogate.dual_clip, loss)
         return loss
     if isinstance(surrogate, Cispo):
         # arXiv 2506.13585: -sg(min(r, eps_high)) A l; epsilon_low adds the lower bound 1 - eps_low (verl).
         coefficient = ratio.clamp(max=surrogate.epsilon_high)
         if surrogate.epsilon_low is not None:
             coefficient = coefficient.clamp(min=1 - surrogate.epsilon_low)
-        return -coefficient.detach() * advantage * logprobs
+        return -coefficient.detach() * advantage * x.logprobs
     if isinstance(surrogate, Sapo):
         # arXiv 2511.20347: -A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A.
         tau = torch.full_like(advantage, surrogate.tau_negative)
         tau[advantage > 0] = surrogate.tau_positive
         return -advantage * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
-    return -advantage * logprobs  # Reinforce
+    if isinstance(surrogate, Dppo):
+        # arXiv 2602.04879, released code and verl: -sg(min(r, cap)) A l, 0 where the divergence is too large.
+        capped = ratio if surrogate.ratio_cap is None else ratio.clamp(max=surrogate.ratio_cap)
+        return -capped.detach() * advantage * x.logprobs * dppo_kept(surrogate, x).to(ratio.dtype)
+    if isinstance(surrogate, Gmpo):
+        return -advantage * ratio
+    if isinstance(surrogate, Ratio):
+        # arXiv 2505.22617, released code and verl: the penalty has slope sign(d), 0 at d = 0.
+        return -advantage * ratio + surrogate.penalty * x.log_ratio.abs()
+    if isinstance(surrogate, Nothing):
+        return torch.zeros_like(advantage)
+    return -advantage * x.logprobs  # Reinforce
+
+
+def dppo_kept(surrogate: Dppo, x: Tokens) -> Tensor:
+    """DPPO's mask M (arXiv 2602.04879). A = 0 takes the negative branch; at the bound itself a token is kept."""
+    p, old = x.logprobs.detach().exp(), x.old_logprobs.exp()
+    if surrogate.divergence == "tv":
+        positive, negative = p - old <= surrogate.delta_high, p - old >= -surrogate.delta_low
+    else:
+        binary = old * (x.old_logprobs - x.logprobs.detach()) + (1 - old) * ((1 - old + 1e-8) / (1 - p + 1e-8)).log()
+        positive = (binary <= surrogate.delta_high) | (p <= old)
+        negative = (binary <= surrogate.delta_low) | (p >= old)
+    return torch.where(x.advantage > 0, positive, negative)
 
 
 def before_dual_clip(clip: Clip, advantage: Tensor, ratio: Tensor) -> Tensor:
@@ -131,25 +148,34 @@ def before_dual_clip(clip: Clip, advantage: Tensor, ratio: Tensor) -> Tensor:
     return torch.maximum(unclipped, clipped)
 
 
-def dual_clipped(surrogate, advantage: Tensor, ratio: Tensor) -> Tensor:
-    """Where the dual clip's bound -A c is the smaller: if A < 0, the loss is min(loss, -A c) (arXiv 1912.09729)."""
+def dual_clipped(surrogate, x: Tokens) -> Tensor:
+    """Where the dual clip's bound -A c is the smaller: if A < 0, the loss is min(loss, -A c) (arXiv 1912.09729).
+
+    Of DPPO: where its cap on the ratio is at work.
+    """
+    if isinstance(surrogate, Dppo) and surrogate.ratio_cap is not None:
+        return dppo_kept(surrogate, x) & (x.ratio > surrogate.ratio_cap)
     if not isinstance(surrogate, Clip) or surrogate.dual_clip is None:
-        return torch.zeros_like(advantage, dtype=torch.bool)
-    return (advantage < 0) & (-advantage * surrogate.dual_clip < before_dual_clip(surrogate, advantage, ratio))
+        return torch.zeros_like(x.advantage, dtype=torch.bool)
+    before = before_dual_clip(surrogate, x.advantage, x.ratio)
+    return (x.advantage < 0) & (-x.advantage * surrogate.dual_clip < before)
 
 
-def clipped_low_high(surrogate, advantage: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the surrogate's lower and upper bound cut the gradient off. SAPO and REINFORCE have no bounds."""
-    nowhere = torch.zeros_like(advantage, dtype=torch.bool)
+def clipped(surrogate, x: Tokens) -> Tensor:
+    """Where the surrogate's lower or upper bound cuts the gradient off. SAPO and REINFORCE have no bounds."""
+    advantage, ratio = x.advantage, x.ratio
+    low = high = torch.zeros_like(advantage, dtype=torch.bool)
     if isinstance(surrogate, Clip):
-        low = (ratio < 1 - surrogate.epsilon_low) & (advantage < 0)
-        return low, (ratio > 1 + surrogate.epsilon_high) & (advantage > 0)
-    if isinstance(surrogate, Cispo):
-        low = nowhere
+        low, high = ratio < 1 - surrogate.epsilon_low, ratio > 1 + surrogate.epsilon_high
+    elif isinstance(surrogate, Cispo):
+        high = ratio > surrogate.epsilon_high
         if surrogate.epsilon_low is not None:
-            low = (ratio < 1 - surrogate.epsilon_low) & (advantage < 0)
-        return low, (ratio > surrogate.epsilon_high) & (advantage > 0)
-    return nowhere, nowhere
+            low = ratio < 1 - surrogate.epsilon_low
+    elif isinstance(surrogate, Gmpo):
+        low, high = x.log_ratio < -surrogate.epsilon_low, x.log_ratio > surrogate.epsilon_high
+    elif isinstance(surrogate, Dppo):
+        low = high = ~dppo_kept(surrogate, x)
+    return (low & (advantage < 0)) | (high & (advantage > 0))
 
 
 # --- regularisers ---
@@ -188,13 +214,11 @@ def low_probability_rows(
     return [row for row in pick(current, negative, k, "low") if current[row] < min_p_logprobs[row].item()]
 
 
-def low_probability_loss(
-    regularizer: MinPRegularizer, advantage: Tensor, logprobs: Tensor, ratio: Tensor, min_p_logprobs: Tensor
-) -> Tensor:
+def low_probability_loss(regularizer: MinPRegularizer, x: Tokens, min_p_logprobs: Tensor) -> Tensor:
     """-A r + beta clamp(exp(t - l) - (t - l) - 1, +-10) (arXiv 2510.03222).
 
     Above t - l = 2.7 the outer clamp holds the penalty at 10 with gradient 0, so the inner bound of 20 changes
     nothing; it keeps exp() from overflowing, which would make that zero gradient a NaN.
     """
-    gap = (min_p_logprobs - logprobs).clamp(max=20.0)
-    return -advantage * ratio + regularizer.beta * (gap.exp() - gap - 1).clamp(-10.0, 10.0)
+    gap = (min_p_logprobs - x.logprobs).clamp(max=20.0)
+    return -x.advantage * x.ratio + regularizer.beta * (gap.exp() - gap - 1).clamp(-10.0, 10.0)

@@ -15,6 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRESETS = (
     "grpo", "dr_grpo", "dapo", "psr", "nsr", "w_reinforce", "fork_tokens", "lp_reg", "a3po", "gspo", "cispo", "sapo",
 )  # fmt: skip
+NEW_PRESETS = ("dppo", "vespo", "gmpo", "gspo_token", "luspo", "topr", "kl_cov", "clip_cov")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,7 +34,9 @@ class RandomBatch:
         rows = torch.cat([torch.arange(n) + i * self.targets.shape[1] for i, n in enumerate(self.lengths)])
         rows = rows.to(self.targets.device)
 
-        def pack(values: Tensor) -> Tensor:
+        def pack(values):
+            if isinstance(values, dict):
+                return {name: pack(value) for name, value in values.items()}
             return values.flatten(0, 1)[rows] if values.shape[:2] == self.targets.shape else values
 
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
@@ -79,9 +82,14 @@ def random_batch(
 
 
 def preset(name: str, **overrides):
-    """The same preset of the package and of the reference; lp_reg with a quantile that selects something here."""
+    """The same preset of the package and of the reference; lp_reg with a quantile that selects something here.
+
+    clip_cov takes all candidates, for which of more it draws is not the reference's.
+    """
     if name == "lp_reg":
         overrides.setdefault("quantile", 0.3)
+    if name == "clip_cov":
+        overrides.setdefault("ratio", 1.0)
     return getattr(a3po_kernels, name)(**overrides), getattr(reference, name)(**overrides)
 
 
@@ -94,6 +102,8 @@ def run(module, batch: RandomBatch, objective, *, double=False, **keywords):
     """(output, gradient of the logits) of policy_loss; `double` runs it on fp64 copies on the CPU (the reference)."""
 
     def convert(value):
+        if isinstance(value, dict):
+            return {name: convert(part) for name, part in value.items()}
         if not isinstance(value, Tensor) or not double:
             return value
         return value.cpu().double() if value.is_floating_point() else value.cpu()
@@ -113,3 +123,22 @@ def largest_error(got: Tensor, expected: Tensor) -> float:
     assert torch.equal(got.isnan(), expected.isnan()), "NaN in different places"
     equal = (got == expected) | got.isnan()
     return (got - expected).masked_fill(equal, 0.0).abs().max().item() if got.numel() else 0.0
+
+
+def assert_outputs(output, gradients, expected, expected_gradients, tolerance=1e-12) -> None:
+    """Loss, gradients, per-token outputs and every metric agree, the tolerance relative to what is above 1."""
+
+    def check(what, got, truth):
+        truth = torch.as_tensor(truth)
+        size = max(1.0, truth[truth.isfinite()].abs().max().item()) if truth.isfinite().any() else 1.0
+        error = largest_error(torch.as_tensor(got), truth)
+        assert error <= tolerance * size, f"{what}: {error:.3g}"
+
+    check("loss", output.loss, expected.loss)
+    for got, truth in zip(gradients, expected_gradients, strict=True):
+        check("gradient", got, truth)
+    for part in ("logprobs", "entropy", "weights"):
+        check(part, getattr(output, part), getattr(expected, part))
+    assert set(output.metrics) == set(expected.metrics)
+    for key, value in expected.metrics.items():
+        check(key, output.metrics[key], value)

@@ -48,7 +48,7 @@ def batch(seed=0, lengths=(9, 4, 1, 7)):
 
 def trl_loss(
     data, *, loss_type="grpo", level="token", beta=0.0, delta=None, low=0.2, high=0.28, correct=False, items=None,
-    accumulation=1, generation=1, processes=1, quantile=1.0, bonus=0.0,
+    accumulation=1, generation=1, processes=1, quantile=1.0, bonus=0.0, off_policy=None, **args,
 ):  # fmt: skip
     """(loss, gradient of the logits) of the trainer's own _compute_loss on a stand-in trainer."""
     logits = data.logits.clone().requires_grad_()
@@ -58,7 +58,7 @@ def trl_loss(
 
     args = SimpleNamespace(
         delta=delta, use_bias_correction_kl=False, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
-        steps_per_generation=generation, entropy_target=0.0,
+        steps_per_generation=generation, entropy_target=0.0, **args,
     )  # fmt: skip
     accelerator = SimpleNamespace(
         num_processes=processes, gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x,
@@ -66,18 +66,21 @@ def trl_loss(
     )  # fmt: skip
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=statistics, aux_loss_enabled=False, top_entropy_quantile=quantile,
-        off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta, args=args, loss_type=loss_type,
-        epsilon_low=low, epsilon_high=high, use_vllm=correct, vllm_importance_sampling_correction=correct,
+        off_policy_mask_threshold=off_policy, importance_sampling_level=level, beta=beta, args=args,
+        loss_type=loss_type, epsilon_low=low, epsilon_high=high, use_vllm=correct,
+        vllm_importance_sampling_correction=correct,
         model=SimpleNamespace(training=True), current_gradient_accumulation_steps=accumulation,
         accelerator=accelerator, max_completion_length=MAX_LENGTH, _entropy_bonus_enabled=bonus != 0,
         entropy_coef=bonus, use_adaptive_entropy=False, _metrics={"train": defaultdict(list)},
     )  # fmt: skip
     trainer.get_high_entropy_mask = lambda *a: GRPOTrainer.get_high_entropy_mask(trainer, *a)
+    trainer.get_off_policy_mask = GRPOTrainer.get_off_policy_mask
+    trainer.get_gamma_weights = GRPOTrainer.get_gamma_weights
     inputs = {
         "prompt_ids": torch.zeros(ROLLOUTS, 2, dtype=torch.long), "prompt_mask": torch.ones(ROLLOUTS, 2),
         "completion_ids": data.targets, "completion_mask": data.mask, "advantages": data.advantages,
         "old_per_token_logps": data.old, "ref_per_token_logps": data.ref,
-        "importance_sampling_ratio": data.correction,
+        "importance_sampling_ratio": data.correction if correct else None,
         "num_items_in_batch": torch.tensor(float(items or data.mask.sum())),
     }  # fmt: skip
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -233,6 +236,81 @@ def test_entropy_bonus(loss_type):
     coefficient = 0.05 if loss_type == "bnpo" else 0.05 * items / tokens
     keywords = {} if loss_type == "bnpo" else {"denominator": items}
     assert_same(theirs, our_loss(data, a3po_kernels.dapo(entropy_coef=coefficient), **keywords))
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["", "corrected"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_vespo(beta, correct):
+    """The correction is in the rollout's ratio; TRL has it 1 at padding, which it does not mask there."""
+    data = batch(13)
+    data.correction = torch.where(data.mask.bool(), data.correction, 1.0)
+    constants = {"k_pos": 1.0, "lambda_pos": 2.0, "k_neg": 3.0, "lambda_neg": 1.5}
+    theirs = trl_loss(
+        data, loss_type="vespo", beta=beta, correct=correct, items=33,
+        **{f"vespo_{name}": value for name, value in constants.items()},
+    )  # fmt: skip
+    objective = a3po_kernels.vespo(1.0, 2.0, 3.0, 1.5, kl_coef=beta)
+    keywords = {"importance_weights": data.correction} if correct else {}
+    assert_same(theirs, our_loss(data, objective, denominator=33.0, **keywords))
+    wrong = our_loss(data, a3po_kernels.vespo(1.0, 2.0, 3.0, 2.0, kl_coef=beta), denominator=33.0, **keywords)
+    assert (wrong[1] - theirs[1]).abs().max() > 100 * GRADIENT
+
+
+def test_vespo_by_default_and_far_off_policy():
+    """TRL's constants are ours; ratios beyond its clamps, a correction of 0, and a rollout that the weight ends."""
+    from trl import GRPOConfig
+
+    fields = {name: GRPOConfig.__dataclass_fields__[f"vespo_{name}"].default for name in
+              ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}  # fmt: skip
+    data = batch(14)
+    data.correction = torch.where(data.mask.bool(), data.correction, 1.0)
+    data.correction[3, 2] = 0.0
+    data.old[0, 0] += 40.0
+    data.old[1] -= 30.0
+    theirs = trl_loss(
+        data, loss_type="vespo", correct=True, **{f"vespo_{name}": value for name, value in fields.items()}
+    )
+    assert theirs[0].isfinite()
+    assert_same(theirs, our_loss(data, a3po_kernels.vespo(), importance_weights=data.correction))
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["", "corrected"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("bound", [0.02, 0.5])
+def test_luspo(bound, beta, correct):
+    """A sum over a rollout's tokens, 5 times their mean: five times the tolerance."""
+    data = batch(15)
+    theirs = trl_loss(data, loss_type="luspo", level="sequence", low=bound, high=bound, beta=beta, correct=correct)
+    objective = a3po_kernels.luspo(epsilon_low=bound, epsilon_high=bound, kl_coef=beta)
+    keywords = {"importance_weights": data.correction} if correct else {}
+    ours = our_loss(data, objective, **keywords)
+    assert_same([x / 5 for x in theirs[:2]], (SimpleNamespace(loss=ours[0].loss / 5), ours[1] / 5))
+    # TRL's default level only warns: PPO's clip on the token's ratio, summed.
+    theirs = trl_loss(data, loss_type="luspo", low=bound, high=bound)
+    objective = a3po_kernels.dapo(epsilon_low=bound, epsilon_high=bound, aggregation="seq-mean-token-sum")
+    ours = our_loss(data, objective)
+    assert_same([x / 5 for x in theirs[:2]], (SimpleNamespace(loss=ours[0].loss / 5), ours[1] / 5))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "sapo", "cispo"])
+def test_off_policy_mask(loss_type, level, beta):
+    """One of the two negative rollouts is masked; its KL and its place in the mean stay."""
+    data = batch(16)
+    current = torch.log_softmax(data.logits, -1).gather(-1, data.targets.unsqueeze(-1)).squeeze(-1)
+    drift = ((data.old - current) * data.mask).sum(-1) / data.mask.sum(-1)
+    threshold = 0.1
+    data.old = data.old + threshold - drift[[1, 3]].mean()
+    name, overrides = CASES[loss_type]
+    objective = getattr(a3po_kernels, name)(
+        kl_coef=beta, ratio_level=level, ratio_weights=(a3po_kernels.OffPolicyMask(threshold),), **overrides
+    )
+    high = {"grpo": 0.2, "dapo": 0.28, "sapo": 0.28, "cispo": 1.28}[loss_type]
+    theirs = trl_loss(data, loss_type=loss_type, level=level, beta=beta, high=high, correct=True, off_policy=threshold)
+    assert_same(theirs, our_loss(data, objective, importance_weights=data.correction))
+    free = trl_loss(data, loss_type=loss_type, level=level, beta=beta, high=high, correct=True)
+    assert (free[1] - theirs[1]).abs().max() > 100 * GRADIENT
 
 
 def test_a_wrong_parameter_is_noticed():

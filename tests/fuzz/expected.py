@@ -155,7 +155,7 @@ def known_weights(case: Case, objective: Any) -> list[float]:
         torch.float64, advantages=case.advantages.double(), **{name: keywords.get(name) for name in per_token},
     )  # fmt: skip
     nothing = torch.zeros(case.tokens.numel(), dtype=torch.float64)
-    weights, _ = reference.loss.shaping_weights(objective, batch, nothing, nothing, keywords.get("step", 0))
+    weights = reference.loss.shape_tokens(objective, batch, nothing, nothing, keywords.get("step", 0)).weights
     return [weights.get(row, 0.0) for row in range(case.tokens.numel())]
 
 
