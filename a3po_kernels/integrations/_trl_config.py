@@ -159,9 +159,9 @@ class A3POConfig(GRPOConfig):
         for rule in objective.shaping:
             if isinstance(rule, TokenRule) and not rule.reads_policy:
                 raise ValueError(f"objective selects by the score {rule.metric!r}, which TRL's trainers do not have")
+            keeps = isinstance(rule, TokenRule) and rule.rest_scale == 0
             inexact = isinstance(rule, TokenRule) and (rule.quantile, rule.threshold) != (None, None)
-            inexact = inexact and rule.rest_scale == 0
-            if inexact and objective.normalize_over == "selected":
+            if keeps and inexact and objective.normalize_over == "selected":
                 raise ValueError(
                     "normalize_over='selected' divides by the tokens that a step keeps, and how many a rule with a "
                     "quantile or a threshold keeps is not known ahead"

@@ -21,12 +21,13 @@ def _keeps(form: SurrogateForm, advantage: Tensor, logp: Tensor, old: Tensor) ->
     NaN is inside: it stays what it is.
     """
     p, old_p = _exp(logp), _exp(old)
+    unknown = p.isnan() | old_p.isnan()
     if form.kind == "dppo-tv":
-        return ~torch.where(advantage > 0, p - old_p > form.high, p - old_p < -form.low)
+        return unknown | torch.where(advantage > 0, p - old_p <= form.high, p - old_p >= -form.low)
     others = uniformly(torch.log, (1.0 - old_p + 1e-8) / (1.0 - p + 1e-8))
     divergence = old_p * (old - logp) + (1.0 - old_p) * others
-    up, down = (divergence > form.high) & (p > old_p), (divergence > form.low) & (p < old_p)
-    return ~torch.where(advantage > 0, up, down)
+    up, down = (divergence <= form.high) | (p <= old_p), (divergence <= form.low) | (p >= old_p)
+    return unknown | torch.where(advantage > 0, up, down)
 
 
 def within(form: SurrogateForm, advantage: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

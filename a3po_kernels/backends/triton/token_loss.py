@@ -29,12 +29,14 @@ def _keeps(advantage, logp, old, low, high, KIND: tl.constexpr):
     """
     p = _exp(logp)
     old_p = _exp(old)
+    unknown = (p != p) | (old_p != old_p)
     if KIND == "dppo-tv":
-        return tl.where(advantage > 0, p - old_p > high, p - old_p < -low) == 0
+        return unknown | tl.where(advantage > 0, p - old_p <= high, p - old_p >= -low)
     else:
         others = tl.log2((1.0 - old_p + 1e-8) / (1.0 - p + 1e-8)) * LN2
         divergence = old_p * (old - logp) + (1.0 - old_p) * others
-        return tl.where(advantage > 0, (divergence > high) & (p > old_p), (divergence > low) & (p < old_p)) == 0
+        up = (divergence <= high) | (p <= old_p)
+        return unknown | tl.where(advantage > 0, up, (divergence <= low) | (p >= old_p))
 
 
 @triton.jit
