@@ -21,6 +21,7 @@ class Batch:
     ref_logprobs: Tensor | None
     min_p_logprobs: Tensor | None
     importance_weights: Tensor | None
+    weighs_rollouts: bool  # the importance weights are one per rollout
     scores: dict[str, Tensor]
     rollout: list[int]  # [N]: the number of each row's rollout, and its place there
     position: list[int]
@@ -70,6 +71,7 @@ def read_batch(
         importance_weights=None
         if importance_weights is None
         else spread("importance_weights", importance_weights, shape, rollouts, dtype),
+        weighs_rollouts=importance_weights is not None and tuple(importance_weights.shape) == (len(rollouts),),
         scores={name: one_per_token(f"scores[{name!r}]", value) for name, value in (scores or {}).items()},
         rollout=[s for s, rollout in enumerate(rollouts) for _ in rollout],
         position=[i for rollout in rollouts for i in range(len(rollout))],

@@ -42,7 +42,8 @@ def vespo(weight: Vespo, advantages: Tensor, d: Tensor, batch: Batch, rows: list
     """
     total = d.clamp(-20.0, 20.0).sum()
     if batch.importance_weights is not None:
-        total = total + batch.importance_weights[rows].log().clamp(FLOOR, 20.0).sum()
+        logs = batch.importance_weights[rows].log().clamp(FLOOR, 20.0)
+        total = total + (logs[0] if batch.weighs_rollouts else logs.sum())  # a weight of the rollout counts once
     log_w = total.clamp(FLOOR, 20.0)
     positive = advantages >= 0
     k = torch.where(positive, weight.k_positive, weight.k_negative).to(d.dtype)

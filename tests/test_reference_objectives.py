@@ -217,6 +217,9 @@ def test_vespo_by_hand():
     out, grad = rollout_loss(ref.vespo(), p, [2.0, -1.0], r, mask=mask, importance_weights=weights)
     positive, negative = gamma(2, 3, math.log(1.8 * 3e-8)), gamma(3, 2, math.log(1.5))
     close(grad, [[-2 * positive / 3] * 2, [negative / 3, 0]])
+    # A weight per rollout is one factor of w, not one of each of its tokens.
+    _, grad = rollout_loss(ref.vespo(), p, [2.0, -1.0], r, mask=mask, importance_weights=torch.tensor([0.5, 3.0]))
+    close(grad, [[-2 * gamma(2, 3, math.log(0.9)) / 3] * 2, [gamma(3, 2, math.log(1.5)) / 3, 0]])
     # phi(1) = 1; a ratio of e^-60 is held at 1e-8 by token (e^-20) and by rollout; one of e^30 gives e^-inf = 0.
     close(rollout_loss(ref.vespo(), [[0.5]], [2.0], [[1.0]])[0].loss, -2 * LOG_HALF)
     _, grad = rollout_loss(ref.vespo(1.0, 0.5), [[0.5]], [2.0], [[math.exp(-60)]])
