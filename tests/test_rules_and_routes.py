@@ -62,7 +62,8 @@ def test_vespo_takes_a_rollouts_weight_once(backend, device):
     logits = torch.randn(1, 50, 7, dtype=torch.float64, device=device)
     targets = torch.zeros(1, 50, dtype=torch.long, device=device)
     logp = torch.log_softmax(logits, -1)[..., 0]
-    advantages, weight = torch.ones(1, dtype=torch.float64, device=device), torch.full((1,), 0.9, dtype=torch.float64, device=device)
+    advantages = torch.ones(1, dtype=torch.float64, device=device)
+    weight = torch.full_like(advantages, 0.9)
     out = ak.policy_loss(
         logits, targets, advantages, objective=ak.vespo(), old_logprobs=logp, importance_weights=weight,
         backend=backend,
