@@ -38,7 +38,7 @@ TESTS = {
     "losses/stages.py": "test_shaping.py test_autograd.py test_policy_loss.py",
     "losses/custom.py": "test_custom_surrogate.py",
     "losses/token_values.py": "test_custom_surrogate.py",
-    "losses/shaping.py": "test_shaping.py test_policy_loss.py test_new_rules.py",
+    "losses/shaping.py": "test_shaping.py test_policy_loss.py test_new_rules.py test_rules_and_routes.py",
     "losses/ratio_weights.py": "test_new_objectives.py test_new_rules.py",
     "losses/rollout_correction.py": "test_rollout_correction.py",
     "ops/linear_head.py": "test_linear_token_logprobs.py test_linear_routes.py test_memory.py",
