@@ -116,22 +116,20 @@ def may_move(objective: Objective, tokens: Tensor, advantages: Tensor, polarity:
 
 
 def find_rows(
-    first: Tensor, second: Tensor | None, layout: TokenLayout, objective: Objective | None, unit: str, exact: bool
+    first: Tensor, second: Tensor, layout: TokenLayout, objective: Objective | None, unit: str, exact: bool
 ) -> RowPlan:
     """The plan of the rows `first` [N] and the others `second`; on a GPU it waits for their numbers, once."""
     device, count, offsets = first.device, first.numel(), layout.offsets
     running = torch.cat([offsets.new_zeros(1), first.cumsum(0)])
-    others = offsets.new_zeros(1) if second is None else second.sum().view(1)
-    mine, rest, *boundaries = torch.cat([running[-1:], others, running[offsets]]).tolist()
+    mine, rest, *boundaries = torch.cat([running[-1:], second.sum().view(1), running[offsets]]).tolist()
     rows = None
     if mine < count:
         rows = true_first(first)[:mine]
     left = None
-    if second is not None and rest:
+    if rest:
         left = true_first(second)[:rest]
     planned = first if rows is not None else torch.ones(count, dtype=torch.bool, device=device)
-    read = planned if second is None else planned | second
-    return RowPlan(rows, left, planned, read, tuple(boundaries), layout, objective, unit, exact)
+    return RowPlan(rows, left, planned, planned | second, tuple(boundaries), layout, objective, unit, exact)
 
 
 def _per_token(layout: TokenLayout, values: Tensor) -> Tensor:
