@@ -116,6 +116,11 @@ def a3po(
     schedule: Schedule | None = None,
     metric: str = "probability",
     source: str = "old",
+    positive_metric: str | None = None,
+    negative_metric: str | None = None,
+    polarity: str = "both",
+    positive_weight: float | Schedule = 1.0,
+    negative_weight: float | Schedule = 1.0,
     **options,
 ) -> Objective:
     """A3PO (arXiv 2512.21625): DAPO with adaptive, asymmetric token weights.
@@ -124,16 +129,25 @@ def a3po(
     weigh beta(step) = max(1, rho - alpha * step); all other tokens weigh 1. rho = 2.0 is the released scripts' scale;
     the paper gives no alpha that we could verify: the default 0.005 is ours. `schedule` replaces beta. With
     metric="entropy" the positive rollouts' tokens of highest entropy and the negative ones' of lowest do.
+
+    The paper's ablations: positive_metric and negative_metric, of one polarity's rule; polarity "positive" or
+    "negative", that rule alone; positive_weight and negative_weight, numbers or schedules, of all its tokens.
     """
-    if metric not in POLICY_METRICS:
-        raise ValueError(f"metric must be one of {', '.join(POLICY_METRICS)}; got {metric!r}")
+    if polarity not in ("both", "positive", "negative"):
+        raise ValueError(f"polarity must be 'both', 'positive' or 'negative'; got {polarity!r}")
     beta = LinearDecay(rho, alpha) if schedule is None else schedule
-    unlikely, likely = ("low", "high") if metric == "probability" else ("high", "low")
-    shaping = tuple(
-        TokenRule(polarity, metric, source, side, ratio, beta) for polarity, side in ((1, unlikely), (-1, likely))
-    )
+    shaping: list[PolarityWeights | TokenRule] = []
+    if (positive_weight, negative_weight) != (1.0, 1.0):
+        shaping.append(PolarityWeights(positive_weight, negative_weight))
+    for sign, name, given in ((1, "positive", positive_metric), (-1, "negative", negative_metric)):
+        chosen = metric if given is None else given
+        if chosen not in POLICY_METRICS:
+            raise ValueError(f"metric must be one of {', '.join(POLICY_METRICS)}; got {chosen!r}")
+        if polarity in ("both", name):
+            side = "low" if (sign > 0) == (chosen == "probability") else "high"
+            shaping.append(TokenRule(sign, chosen, source, side, ratio, beta))
     surrogate = _clipped(0.2, 0.28, options)
-    return _common("token-mean", options, surrogate=surrogate, shaping=shaping)
+    return _common("token-mean", options, surrogate=surrogate, shaping=tuple(shaping))
 
 
 def gspo(**options) -> Objective:

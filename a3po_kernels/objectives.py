@@ -32,16 +32,23 @@ def _check_word(name: str, value: object, known: tuple[str, ...]) -> None:
 class PolarityWeights:
     """Weights of the tokens of positive, negative and neutral rollouts; a weight of 0 drops the token.
 
-    (1, 0, 0) is PSR, (0, 1, 0) NSR and (lambda, 1) W-REINFORCE (arXiv 2506.01347).
+    Each is a number or a schedule step -> value. (1, 0, 0) is PSR, (0, 1, 0) NSR and (lambda, 1) W-REINFORCE (arXiv
+    2506.01347).
     """
 
-    positive: float = 1.0
-    negative: float = 1.0
-    zero: float = 1.0
+    positive: float | Schedule = 1.0
+    negative: float | Schedule = 1.0
+    zero: float | Schedule = 1.0
 
     def __post_init__(self):
         for name in ("positive", "negative", "zero"):
-            _check_number(name, getattr(self, name), 0.0)
+            if not callable(getattr(self, name)):
+                _check_number(name, getattr(self, name), 0.0)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a weight depends on the step."""
+        return any(map(callable, (self.positive, self.negative, self.zero)))
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,14 @@ class CosineDecay:
 class PolarityWeights:
     """A factor per polarity (PSR, NSR, W-REINFORCE, arXiv 2506.01347). A factor of 0 drops the token."""
 
-    positive: float = 1.0
-    negative: float = 1.0
-    zero: float = 1.0
+    positive: float | Callable = 1.0
+    negative: float | Callable = 1.0
+    zero: float | Callable = 1.0
 
     def __post_init__(self):
         for name in ("positive", "negative", "zero"):
-            at_least(name, getattr(self, name), 0)
+            if not callable(getattr(self, name)):
+                at_least(name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True)

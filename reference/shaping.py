@@ -26,7 +26,7 @@ def shape_tokens(objective: Objective, batch: Batch, logprobs: Tensor, entropy: 
     replacements: dict[int, object] = {}
     for part in objective.shaping:
         if isinstance(part, PolarityWeights):  # PSR, NSR, W-REINFORCE, arXiv 2506.01347
-            factor = {1: part.positive, -1: part.negative, 0: part.zero}
+            factor = {sign: scale_at(x, step) for sign, x in ((1, part.positive), (-1, part.negative), (0, part.zero))}
             for row in weights:
                 weights[row] *= factor[batch.polarity[row]]
             continue

@@ -20,6 +20,9 @@ KEYWORDS = {
     "token_ratio": "ratio",
     "selection_metric": "metric",
     "selection_source": "source",
+    "positive_metric": "positive_metric",
+    "negative_metric": "negative_metric",
+    "selection_polarity": "polarity",
     "selection_rounding": "rounding",
     "normalize_over": "normalize_over",
     "positive_weight": "positive_weight",
@@ -101,10 +104,13 @@ class A3POConfig(GRPOConfig):
     )
     selection_metric: str | None = _option("a3po: 'probability' or 'entropy'.")
     selection_source: str | None = _option("a3po: select by the 'old' or by the 'current' policy.")
+    positive_metric: str | None = _option("a3po: selection_metric in positive rollouts.")
+    negative_metric: str | None = _option("a3po: selection_metric in negative rollouts.")
+    selection_polarity: str | None = _option("a3po: 'both', or the rule of 'positive' or 'negative' rollouts alone.")
     selection_rounding: str | None = _option("fork_tokens: 'floor' or, as in its released code, 'ceil'.")
     normalize_over: str | None = _option("fork_tokens: divide by the 'selected' tokens or by 'all'.")
-    positive_weight: float | None = _option("w_reinforce: weight of positive rollouts.")
-    negative_weight: float | None = _option("w_reinforce: weight of negative rollouts.")
+    positive_weight: float | None = _option("w_reinforce, a3po: weight of positive rollouts.")
+    negative_weight: float | None = _option("w_reinforce, a3po: weight of negative rollouts.")
     low_probability_quantile: float | None = _option("lp_reg: share of the negative tokens that are candidates.")
     low_probability_min_p: float | None = _option("lp_reg: kappa of the min-p proxy.")
     low_probability_beta: float | None = _option("lp_reg: coefficient of its regulariser.")

@@ -26,7 +26,7 @@ def _kept_tokens(objective: Objective, positive: Tensor, negative: Tensor, zero:
     for rule in objective.shaping:
         if isinstance(rule, PolarityWeights):
             weights = {1: rule.positive, -1: rule.negative, 0: rule.zero}
-            kept = {sign: count * (weights[sign] != 0) for sign, count in kept.items()}
+            kept = {sign: count * (callable(weights[sign]) or weights[sign] != 0) for sign, count in kept.items()}
         elif rule.rest_scale == 0:
             kept = {s: c * rule.ratio if rule.polarity in (None, s) else c for s, c in kept.items()}
     return kept[1] + kept[-1] + kept[0]

@@ -133,8 +133,8 @@ def as_number(value: Any, device: torch.device) -> Any:
 
 
 def leading_weights(objective: Objective) -> int:
-    """How many of the shaping rules are PolarityWeights before any TokenRule."""
-    kinds = [isinstance(rule, PolarityWeights) for rule in objective.shaping]
+    """How many of the shaping rules are PolarityWeights of numbers, before any other."""
+    kinds = [isinstance(rule, PolarityWeights) and not rule.scheduled for rule in objective.shaping]
     return kinds.index(False) if False in kinds else len(kinds)
 
 
@@ -142,7 +142,8 @@ def _leading(objective: Objective) -> tuple[float, float, float]:
     positive = negative = neutral = 1.0
     for rule in objective.shaping[: leading_weights(objective)]:
         assert isinstance(rule, PolarityWeights)
-        positive, negative, neutral = positive * rule.positive, negative * rule.negative, neutral * rule.zero
+        factors = [value for value in (rule.positive, rule.negative, rule.zero) if not callable(value)]
+        positive, negative, neutral = (a * b for a, b in zip((positive, negative, neutral), factors, strict=True))
     return positive, negative, neutral
 
 

@@ -13,7 +13,7 @@ from ..objectives import Objective, PolarityWeights, Surrogate, TokenRule
 from ..ops.select_tokens import select_flat
 from ..ops.token_logprobs import TokenStats
 from ..ops.tokens import apply_rules, walks_batch
-from ..schedules import Value
+from ..schedules import Schedule, Value
 from .batch import TokenBatch, as_number, leading_weights
 from .token_values import TokenValues
 
@@ -68,6 +68,12 @@ def _metric(
     return given.detach()
 
 
+def _at_step(value: float | Schedule, batch: TokenBatch) -> Value:
+    """A number, or what a schedule gives at the batch's step."""
+    found = as_number(value(batch.step) if callable(value) else value, batch.weights.device)
+    return found.to(batch.weights.dtype) if isinstance(found, Tensor) else found
+
+
 def shape(
     objective: Objective, batch: TokenBatch, stats: TokenStats | None, backend: str, has_entropy: bool = True
 ) -> ShapedTokens:
@@ -95,14 +101,13 @@ def shape(
     for rule in objective.shaping[leading_weights(objective) :]:
         if isinstance(rule, PolarityWeights):
             weights = apply_waiting(weights)
-            factor = torch.full_like(weights, rule.zero)
-            factor = factor.masked_fill(batch.polarity > 0, rule.positive)
-            weights = weights * factor.masked_fill(batch.polarity < 0, rule.negative)
+            positive, negative, neutral = (_at_step(x, batch) for x in (rule.positive, rule.negative, rule.zero))
+            weights = torch.where(
+                batch.polarity > 0, weights * positive,
+                torch.where(batch.polarity < 0, weights * negative, weights * neutral),
+            )  # fmt: skip
             continue
-        scale = rule.selected_scale(batch.step) if callable(rule.selected_scale) else rule.selected_scale
-        scale = as_number(scale, weights.device)
-        if isinstance(scale, Tensor):
-            scale = scale.to(weights.dtype)
+        scale = _at_step(rule.selected_scale, batch)
         first_scale = scale if first_scale is None else first_scale
         if callable(rule.metric):
             weights = apply_waiting(weights)  # which it may read
