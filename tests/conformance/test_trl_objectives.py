@@ -1,4 +1,4 @@
-"""Objectives that no preset names, through A3POTrainer: a surrogate of one's own, off-policy masks, a function's rule."""
+"""Objectives that no preset names, through A3POTrainer: your own surrogate, off-policy masks, a function as a rule."""
 
 from __future__ import annotations
 
