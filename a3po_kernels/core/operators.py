@@ -11,6 +11,7 @@ tensors on the host, which is called where one is symbolic.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -71,10 +72,11 @@ def traced(operator: Any, differentiable: tuple[Callable, Callable] | None = Non
     def by_tensors(*given):
         return work(*(x.tolist() if at in floats else x for at, x in enumerate(given)))
 
-    # A captured graph would keep the numbers that it was captured with.
-    tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+    # A captured graph would keep the numbers that it was captured with. Older versions have no such tags.
+    tagged = "tags" in inspect.signature(torch.library.custom_op).parameters
+    tags = {"tags": (torch.Tag.cudagraph_unsafe,)} if tagged and hasattr(torch.Tag, "cudagraph_unsafe") else {}
     twin = torch.library.custom_op(
-        f"{operator._qualname}_by_tensors", by_tensors, mutates_args=mutated, tags=tags,
+        f"{operator._qualname}_by_tensors", by_tensors, mutates_args=mutated, **tags,
         schema=re.sub(r"\bfloat(\[\])? ", "Tensor ", schema),
     )  # fmt: skip
     twin.register_fake(operator._abstract_fn)
