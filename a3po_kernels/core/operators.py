@@ -74,7 +74,9 @@ def traced(operator: Any, differentiable: tuple[Callable, Callable] | None = Non
 
     # A captured graph would keep the numbers that it was captured with. Older versions have no such tags.
     tagged = "tags" in inspect.signature(torch.library.custom_op).parameters
-    tags = {"tags": (torch.Tag.cudagraph_unsafe,)} if tagged and hasattr(torch.Tag, "cudagraph_unsafe") else {}
+    tags: dict[str, Any] = {}
+    if tagged and hasattr(torch.Tag, "cudagraph_unsafe"):
+        tags["tags"] = (torch.Tag.cudagraph_unsafe,)
     twin = torch.library.custom_op(
         f"{operator._qualname}_by_tensors", by_tensors, mutates_args=mutated, **tags,
         schema=re.sub(r"\bfloat(\[\])? ", "Tensor ", schema),
