@@ -24,17 +24,19 @@ from .objectives import (
 )
 from .schedules import LinearDecay, Schedule
 
+# Keywords that every preset takes, and those of every preset whose surrogate is the clip.
+OVERRIDES = {
+    "kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level", "log_ratio_coef",
+    "ratio_weights",
+}  # fmt: skip
+CLIP_OVERRIDES = {"epsilon_low", "epsilon_high", "dual_clip", "delta"}
+
 
 def _common(aggregation: str, options: dict, **fields) -> Objective:
     """An Objective from a preset's fields and the overrides that every preset takes."""
-    known = {
-        "kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level", "log_ratio_coef",
-        "ratio_weights",
-    }  # fmt: skip
-    unknown = sorted(set(options) - known)
+    unknown = sorted(set(options) - OVERRIDES)
     if unknown:
-        clip = {"epsilon_low", "epsilon_high", "dual_clip", "delta"} if isinstance(fields["surrogate"], Clip) else set()
-        takes = ", ".join(sorted(known | clip))
+        takes = ", ".join(sorted(OVERRIDES | (CLIP_OVERRIDES if isinstance(fields["surrogate"], Clip) else set())))
         raise TypeError(f"unexpected keyword {unknown[0]!r}; besides its own, this preset takes {takes}")
     given = options.pop("ratio_weights", ())
     weights = (*fields.pop("ratio_weights", ()), *given)

@@ -6,14 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..named_objectives import presets
+from ..named_objectives import CLIP_OVERRIDES, OVERRIDES, presets
 from ..objectives import Clip, Objective
-
-_EVERY = {
-    "kl_coef", "kl_estimator", "kl_clamp", "entropy_coef", "aggregation", "ratio_level", "log_ratio_coef",
-    "ratio_weights",
-}  # fmt: skip
-_CLIP = {"epsilon_low", "epsilon_high", "dual_clip", "delta"}
 
 
 def preset_keywords(name: str) -> set[str]:
@@ -23,7 +17,7 @@ def preset_keywords(name: str) -> set[str]:
     parameters = inspect.signature(presets[name]).parameters.values()
     own = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     clips = isinstance(presets[name]().surrogate, Clip)
-    return own | _EVERY | (_CLIP if clips else set())
+    return own | OVERRIDES | (CLIP_OVERRIDES if clips else set())
 
 
 def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> Objective:

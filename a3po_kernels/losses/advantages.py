@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.checks import check_floating, check_tensor
 from ..core.operators import reads_values
-from ..core.segments import segment_sum
+from ..core.segments import segment_sum, whole_sum
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 TAKES_LENGTHS = ("opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
@@ -190,20 +190,16 @@ class _Groups:
         return torch.where(self.size > 1, centred / (spread.sqrt() + EPSILON), centred)
 
 
-def _total(values: Tensor) -> Tensor:
-    return segment_sum(values, torch.arange(0, len(values) + 1, len(values), device=values.device))
-
-
 def _whiten(values: Tensor, counts: Tensor | None) -> Tensor:
     """(values - mean) / (unbiased std + 1e-6) of [S] values, S > 0, each taken counts times."""
     counts = torch.ones_like(values) if counts is None else counts
-    number = _total(counts)
+    number = whole_sum(counts)
     # From the lowest, so that equal values give exactly zero; a mean that is rounding alone leaves zeros zero.
     lowest = values.amin()
-    mean = lowest + _total(counts * (values - lowest)) / number.clamp(min=1.0)
-    size = _total(counts * values.abs()) / number.clamp(min=1.0)
+    mean = lowest + whole_sum(counts * (values - lowest)) / number.clamp(min=1.0)
+    size = whole_sum(counts * values.abs()) / number.clamp(min=1.0)
     centred = values - mean.masked_fill(mean.abs() <= ROUNDING * size, 0.0)
-    spread = _total(counts * centred.square()) / (number - 1).clamp(min=1.0)
+    spread = whole_sum(counts * centred.square()) / (number - 1).clamp(min=1.0)
     return centred / (spread.sqrt() + EPSILON)
 
 

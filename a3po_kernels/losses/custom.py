@@ -14,20 +14,14 @@ from ..objectives import CustomSurrogate
 from ..ops.surrogate import PolicyTerms, with_coefficients
 from ..ops.token_logprobs import TokenStats
 from .batch import TokenBatch
-from .token_values import TokenValues
+from .token_values import TokenValues, check_result
 
 # Shares of the tokens that a surrogate clips, each of its own tokens.
 _CLIPPED = ("clip_fraction_low", "clip_fraction_high", "dual_clip_fraction")
 
 
 def _loss(surrogate: CustomSurrogate, values: TokenValues) -> Tensor:
-    """The function's result, checked."""
-    loss = surrogate.loss(values)
-    shape = values.mask.shape
-    if not isinstance(loss, Tensor) or loss.shape != shape or not loss.dtype.is_floating_point:
-        got = f"{list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"a CustomSurrogate's loss must give a floating-point tensor [N] = {list(shape)}; got {got}")
-    return loss
+    return check_result("a CustomSurrogate's loss", surrogate.loss(values), values.mask.shape)
 
 
 class _AnyScore(dict):

@@ -15,30 +15,31 @@ from ..core.checks import as_rows, check_rows, compute_dtype
 from ..core.layout import token_layout
 from ..core.operators import runs_plainly
 from ..core.transform import Transform
-from ..objectives import CustomSurrogate, Objective, TokenRule
+from ..objectives import Objective
 from ..ops.min_p import min_p_rows_of
 from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
 from ..ops.token_logprobs import TokenStats, check_no_overlap, token_statistics
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .shaping import current_rules, shape
-from .stages import PolicyLossOutput, loss_scale, policy_inputs, policy_output, surrogate_form, token_terms
+from .stages import (
+    PolicyLossOutput,
+    loss_scale,
+    policy_inputs,
+    policy_output,
+    surrogate_form,
+    token_terms,
+    why_not_beside,
+)
 
 ROUTES = ("auto", "one-launch", "two-stage")
 
 
 def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor) -> str | None:
     """Why a token's gradient cannot be formed beside its statistics; None where it can."""
-    if objective.ratio_level != "token":
-        return "the ratio is the rollout's"
-    if objective.ratio_weights:
-        return "a factor of the surrogate reads the current ratio"
-    if any(isinstance(rule, TokenRule) and rule.replacement is not None for rule in objective.shaping):
-        return "a rule replaces the surrogate of some tokens"
-    if isinstance(objective.surrogate, CustomSurrogate):
-        return "autograd finds the coefficients of a CustomSurrogate"
-    if objective.low_probability is not None:
-        return "Lp-Reg selects by the current log-probs"
+    obstacle = why_not_beside(objective)
+    if obstacle is not None:
+        return obstacle
     if current_rules(objective, batch):
         return "a rule selects by the current policy (old_logprobs or old_entropy would let it select before)"
     if logits.dtype == torch.float16:

@@ -27,7 +27,7 @@ from ..ops.token_logprobs import TokenStats, empty_results, fold_statistics, wri
 from .batch import TokenBatch
 from .rows import RowPlan
 from .shaping import ShapedTokens, shape
-from .stages import policy_inputs, surrogate_form, token_terms
+from .stages import policy_inputs, surrogate_form, token_terms, why_not_beside
 
 # Share of a chunk's rows without a gradient from which gathering the others costs less than multiplying all.
 _WORTH_GATHERING = 0.05
@@ -146,9 +146,7 @@ def one_pass(
         units = units_of(factor)
     # A rule that is known already was applied to more than the plan's rows.
     most = _most_kept(objective, plan, batch.offsets.numel() - 1) if shaped is None else plan.row_count
-    plain = not (isinstance(objective.surrogate, CustomSurrogate) or objective.ratio_weights)
-    plain = plain and objective.low_probability is None and my_shaped is not None and not my_shaped.replaced
-    together = unit == "token" and plain
+    together = my_shaped is not None and why_not_beside(objective) is None
 
     found_here: ShapedTokens | None = None
 
@@ -197,7 +195,7 @@ def one_pass(
     stats = TokenStats(logp, entropy)
     if shaped is None and unit == "batch" and found_here is not None:
         # What the batch's one chunk has selected: sums over other rows too may round another way.
-        shaped = _scattered(found_here, rows, count)
+        shaped = _mapped(found_here, lambda values: scatter_rows(values, rows, count))
     # The rules on all rows select what they selected in the chunks.
     shaped = shape(objective, batch, stats, backend) if shaped is None else shaped
     assert factor is not None and units is not None
@@ -223,19 +221,15 @@ def _with_gradient(d_logp: Tensor, d_entropy: Tensor | None, most: int) -> Tenso
     return true_first(moving)[:most]
 
 
+def _mapped(shaped: ShapedTokens, take: Callable[[Tensor], Tensor]) -> ShapedTokens:
+    """Each of its per-token tensors, taken so."""
+    selected = None if shaped.selected is None else take(shaped.selected)
+    replaced = tuple((take(chosen), surrogate) for chosen, surrogate in shaped.replaced)
+    return ShapedTokens(take(shaped.weights), selected, shaped.beta, replaced)
+
+
 def _shaped_at(shaped: ShapedTokens | None, rows: slice | Tensor | None) -> Any:
-    if shaped is None or rows is None:
-        return shaped
-    selected = None if shaped.selected is None else shaped.selected[rows]
-    replaced = tuple((chosen[rows], surrogate) for chosen, surrogate in shaped.replaced)
-    return ShapedTokens(shaped.weights[rows], selected, shaped.beta, replaced)
-
-
-def _scattered(shaped: ShapedTokens, rows: Tensor | None, count: int) -> ShapedTokens:
-    """That of some rows among `count`; the others are no tokens."""
-    selected = None if shaped.selected is None else scatter_rows(shaped.selected, rows, count)
-    replaced = tuple((scatter_rows(chosen, rows, count), surrogate) for chosen, surrogate in shaped.replaced)
-    return ShapedTokens(scatter_rows(shaped.weights, rows, count), selected, shaped.beta, replaced)
+    return shaped if shaped is None or rows is None else _mapped(shaped, lambda values: values[rows])
 
 
 class _Attach(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_floating, check_tensor, compute_dtype
 from ..core.layout import TokenLayout, token_layout
-from ..core.segments import segment_of, segment_sum
+from ..core.segments import segment_of, segment_sum, whole_sum
 
 LEVELS = ("token", "sequence", "geometric")
 MODES = ("truncate", "mask", "icepop")
@@ -186,23 +186,17 @@ class _Batch:
         self.rollout = segment_of(layout.offsets, rows).clamp(0, max(layout.rollouts - 1, 0))
         self.counts = self.per_rollout(tokens.double())
         self.present = self.counts > 0
-        self._tokens = self.sum_rollouts(self.counts).clamp(min=1.0)
-        self._rollouts = self.sum_rollouts(self.present.double()).clamp(min=1.0)
+        self._tokens = whole_sum(self.counts).clamp(min=1.0)
+        self._rollouts = whole_sum(self.present.double()).clamp(min=1.0)
 
     def per_rollout(self, values: Tensor) -> Tensor:
         return segment_sum(values, self.offsets)
 
-    def sum_rollouts(self, values: Tensor) -> Tensor:
-        count = len(values)
-        if not count:
-            return values.new_zeros(())
-        return segment_sum(values, torch.arange(0, count + 1, count, device=values.device))[0]
-
     def token_mean(self, values: Tensor) -> Tensor:
-        return self.sum_rollouts(self.per_rollout(values.masked_fill(~self.tokens, 0.0))) / self._tokens
+        return whole_sum(self.per_rollout(values.masked_fill(~self.tokens, 0.0))) / self._tokens
 
     def rollout_mean(self, values: Tensor) -> Tensor:
-        return self.sum_rollouts(values.masked_fill(~self.present, 0.0)) / self._rollouts
+        return whole_sum(values.masked_fill(~self.present, 0.0)) / self._rollouts
 
 
 def _exp(exponent: Tensor) -> Tensor:
@@ -220,7 +214,7 @@ def _mean_weight(batch: _Batch, weights: Tensor, keep: Tensor, tokens: bool) -> 
     kept, total = batch.per_rollout(keep.double()), batch.per_rollout(weights)
     if not tokens:
         kept, total = (kept > 0).double(), total / kept.clamp(min=1.0)
-    return batch.sum_rollouts(total) / batch.sum_rollouts(kept).clamp(min=1.0)
+    return whole_sum(total) / whole_sum(kept).clamp(min=1.0)
 
 
 def _metrics(

@@ -15,7 +15,7 @@ from ..ops.token_logprobs import TokenStats
 from ..ops.tokens import apply_rules, walks_batch
 from ..schedules import Schedule, Value
 from .batch import TokenBatch, as_number, leading_weights
-from .token_values import TokenValues
+from .token_values import TokenValues, check_result
 
 
 class ShapedTokens(NamedTuple):
@@ -54,10 +54,7 @@ def _metric(
         entropy = entropy if has_entropy else None
         with torch.no_grad():
             found = rule.metric(TokenValues.of(batch, weights, selected, logprobs, entropy))
-        if not isinstance(found, Tensor) or found.shape != weights.shape or not found.dtype.is_floating_point:
-            got = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"a rule's metric must give a floating-point tensor {list(weights.shape)}; got {got}")
-        return found.detach()
+        return check_result("a rule's metric", found, weights.shape).detach()
     if not rule.reads_policy:
         return batch.scores[rule.metric]
     if reads_current(rule, batch):

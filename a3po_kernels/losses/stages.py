@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..core.forms import METRICS, PolicyInputs, SurrogateForm
-from ..objectives import Cispo, Clip, CustomSurrogate, Dppo, Gmpo, Nothing, Objective, Ratio, Sapo, Surrogate
+from ..objectives import Cispo, Clip, CustomSurrogate, Dppo, Gmpo, Nothing, Objective, Ratio, Sapo, Surrogate, TokenRule
 from ..ops.select_tokens import select_flat
 from ..ops.surrogate import PolicyTerms, policy_terms
 from ..ops.token_logprobs import TokenStats
@@ -34,6 +34,21 @@ class PolicyLossOutput(NamedTuple):
     weights: Tensor
     metrics: dict[str, Tensor]
     route: str
+
+
+def why_not_beside(objective: Objective) -> str | None:
+    """Why a token's coefficient is not known beside its own statistics, whatever its weight; None where it is."""
+    if objective.ratio_level != "token":
+        return "the ratio is the rollout's"
+    if objective.ratio_weights:
+        return "a factor of the surrogate reads the current ratio"
+    if any(isinstance(rule, TokenRule) and rule.replacement is not None for rule in objective.shaping):
+        return "a rule replaces the surrogate of some tokens"
+    if isinstance(objective.surrogate, CustomSurrogate):
+        return "autograd finds the coefficients of a CustomSurrogate"
+    if objective.low_probability is not None:
+        return "Lp-Reg selects by the current log-probs"
+    return None
 
 
 def surrogate_form(objective: Objective, surrogate: Surrogate | None = None) -> SurrogateForm:

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.segments import segment_sum
+from ..core.segments import own_segment_sum
 from .batch import TokenBatch
+
+
+def check_result(what: str, found: Any, shape: torch.Size) -> Tensor:
+    """What a function of the tokens gave; raises ValueError unless it is a floating-point tensor [N]."""
+    if not isinstance(found, Tensor) or found.shape != shape or not found.dtype.is_floating_point:
+        got = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{what} must give a floating-point tensor [N] = {list(shape)}; got {got}")
+    return found
 
 
 class TokenValues:
@@ -118,8 +126,7 @@ class TokenValues:
 
     def rollout_sum(self, values: Tensor) -> Tensor:
         """[N]: at each row the sum over its rollout's tokens."""
-        masked = torch.where(self.mask, values, torch.zeros_like(values))
-        return segment_sum(masked, self._offsets)[self._rollout]
+        return own_segment_sum(values, self.mask, self._offsets, self._rollout)
 
     def rollout_mean(self, values: Tensor) -> Tensor:
         """[N]: at each row the mean over its rollout's tokens."""
