@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checks import INDEX_DTYPES, check_floating, check_tensor, same_shape
 from .operators import reads_values
+from .segments import segment_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class TokenLayout:
     @property
     def rollouts(self) -> int:
         return self.offsets.shape[0] - 1
+
+    def row_rollouts(self) -> Tensor:
+        """int64 [N]: the rollout of each row; within bounds where cu_seqlens were not read and are wrong."""
+        rows = torch.arange(self.count, device=self.offsets.device)
+        return segment_of(self.offsets, rows).clamp(0, max(self.rollouts - 1, 0))
 
     def is_per_rollout(self, values: Tensor) -> bool:
         """Whether values that are per rollout or per token are [S]; where S = N, they are."""

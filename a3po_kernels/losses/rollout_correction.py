@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_floating, check_tensor, compute_dtype
 from ..core.layout import TokenLayout, token_layout
-from ..core.segments import segment_of, segment_sum, whole_sum
+from ..core.segments import segment_sum, whole_sum
 
 LEVELS = ("token", "sequence", "geometric")
 MODES = ("truncate", "mask", "icepop")
@@ -181,9 +181,7 @@ class _Batch:
 
     def __init__(self, layout: TokenLayout, tokens: Tensor):
         self.offsets, self.tokens = layout.offsets, tokens
-        rows = torch.arange(layout.count, device=tokens.device)
-        # Where cu_seqlens were not read, wrong ones still must not index out of bounds.
-        self.rollout = segment_of(layout.offsets, rows).clamp(0, max(layout.rollouts - 1, 0))
+        self.rollout = layout.row_rollouts()
         self.counts = self.per_rollout(tokens.double())
         self.present = self.counts > 0
         self._tokens = whole_sum(self.counts).clamp(min=1.0)

@@ -135,8 +135,7 @@ def find_rows(
 def _per_token(layout: TokenLayout, values: Tensor) -> Tensor:
     if not layout.is_per_rollout(values):
         return values.reshape(-1)
-    rows = torch.arange(layout.count, device=values.device)
-    return values[segment_of(layout.offsets, rows).clamp(0, max(layout.rollouts - 1, 0))]
+    return values[layout.row_rollouts()]
 
 
 def plan_rows(
