@@ -1,4 +1,4 @@
-"""reasoning-gym's chain_sum with worked steps, a character tokenizer, and the small model that learns it.
+"""A task whose every problem has one answer: reasoning-gym's chain_sum, with worked steps.
 
 A prompt is "23+45-3=" and a response "23+45=68,68-3=65>65": what follows the last ">" is the answer, which
 reasoning-gym's own verifier scores.
@@ -12,13 +12,12 @@ from functools import cache
 from itertools import islice
 
 import reasoning_gym
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHARACTERS = "0123456789+-=,>~"
 TERMS, DIGITS = 4, 1
 MAX_RESPONSE = 32
-SLIPS = 0.4
+WARM_UP_STEPS = 700
+CARELESS, SLIPS = 0.5, 0.4  # share of the demonstrations, and of their sums
 # reasoning-gym draws problem i of a seed from seed + i: near seeds share their problems.
 SEEDS = {"warm-up": 10_000_000, "train": 20_000_000, "held-out": 30_000_000}
 
@@ -61,29 +60,12 @@ def worked_response(entry: dict, careless: random.Random | None = None) -> str:
     return ("" if careless is None else "~") + ",".join(steps) + f">{total}"
 
 
+def demonstration(entry: dict, rng: random.Random) -> str:
+    """A response to learn from in the warm-up, careless or not."""
+    return worked_response(entry, rng if rng.random() < CARELESS else None)
+
+
 def score(response: str, entry: dict) -> float:
     """1 for a right answer after the last ">", else 0, by reasoning-gym's verifier."""
     _, mark, answer = response.rpartition(">")
     return float(_verifier().score_answer(answer, entry) == 1.0) if mark else 0.0
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *CHARACTERS])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=characters, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        padding_side="left",
-    )  # fmt: skip
-
-
-def model() -> LlamaForCausalLM:
-    """A Llama of 0.8 million random parameters."""
-    tokens = tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.08,
-        pad_token_id=tokens.pad_token_id, bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)

@@ -23,8 +23,8 @@ from transformers.trainer_callback import ProgressCallback
 from a3po_kernels import group_advantages, presets
 from a3po_kernels.integrations.transformers import policy_loss_from_model
 from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
-from examples import arithmetic, figures
-from examples.rollouts import WARM_UP_STEPS, evaluate, respond, warm_up
+from examples import arithmetic, figures, small_model
+from examples.rollouts import evaluate, respond, warm_up
 
 LINE = {
     "reward": "reward", "entropy": "entropy", "positive": "entropy/positive", "negative": "entropy/negative",
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="of the model, if it is not there yet")
+    parser.add_argument("--warm-up-steps", type=int, help="of the model, if it is not there yet")
     parser.add_argument("--folder", type=Path, default=Path("build/demo"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -120,9 +120,9 @@ def main() -> None:
     folder = args.folder / args.objective
     folder.mkdir(parents=True, exist_ok=True)
 
-    warm_up(args.folder / "warm-up", args.warm_up_steps)
-    tokens = arithmetic.tokenizer()
-    model = LlamaForCausalLM.from_pretrained(args.folder / "warm-up")
+    warmed_up = warm_up(args.folder / "warm-up", args.warm_up_steps)
+    tokens = small_model.tokenizer(arithmetic.CHARACTERS)
+    model = LlamaForCausalLM.from_pretrained(warmed_up)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     before = evaluate(model, tokens)
     settings = config(args, folder)

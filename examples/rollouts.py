@@ -1,4 +1,4 @@
-"""Responses of a model to arithmetic problems, scored, and what is measured on them."""
+"""Responses of a model to a task's problems, scored, and what is measured on them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from a3po_kernels.integrations.transformers import token_logprobs_from_model
-from examples import arithmetic
+from examples import arithmetic, small_model
 
-WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE = 700, 64, 2e-3
-CARELESS = 0.5  # share of the demonstrations
+WARM_UP_BATCH, WARM_UP_RATE = 64, 2e-3
 
 
 @dataclass
@@ -35,14 +35,14 @@ class Rollouts:
 
 
 @torch.no_grad()
-def respond(model, tokens, entries: list[dict], *, greedy: bool = False) -> Rollouts:
+def respond(model, tokens, entries: list[dict], *, task: ModuleType = arithmetic, greedy: bool = False) -> Rollouts:
     """One response an entry, sampled at temperature 1 or greedy."""
-    prompts = tokens([arithmetic.prompt(entry) for entry in entries], return_tensors="pt", padding=True,
+    prompts = tokens([task.prompt(entry) for entry in entries], return_tensors="pt", padding=True,
                      add_special_tokens=False).to(model.device)  # fmt: skip
     training = model.training
     ids = model.eval().generate(
         input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], do_sample=not greedy,
-        max_new_tokens=arithmetic.MAX_RESPONSE,
+        max_new_tokens=task.MAX_RESPONSE,
     )  # fmt: skip
     model.train(training)
     completion = ids[:, prompts["input_ids"].shape[1] :]
@@ -50,44 +50,64 @@ def respond(model, tokens, entries: list[dict], *, greedy: bool = False) -> Roll
     mask = (ended.cumsum(1) - ended) == 0  # the end of the response belongs to it
     responses = [tokens.decode(row[kept], skip_special_tokens=True).replace(" ", "")
                  for row, kept in zip(completion, mask, strict=True)]  # fmt: skip
-    rewards = torch.tensor([arithmetic.score(r, e) for r, e in zip(responses, entries, strict=True)])
+    rewards = torch.tensor([task.score(r, e) for r, e in zip(responses, entries, strict=True)])
     attention = torch.cat([prompts["attention_mask"], mask.to(prompts["attention_mask"].dtype)], dim=1)
     return Rollouts(ids, attention, mask, responses, rewards.to(model.device))
 
 
-def evaluate(model, tokens, *, problems: int = 256, samples: int = 4, seed: int = 0) -> dict[str, float]:
-    """On held-out problems: accuracy of sampled responses with its standard error over problems, and of greedy ones;
-    mean entropy (nats) and number of all tokens of the sampled responses. The same seed draws the same noise."""
-    entries = arithmetic.problems("held-out", problems)
+def pass_at(k: int, right: Tensor, samples: int) -> float:
+    """The share of problems that one of k responses solves: the unbiased estimator of Chen et al. (arXiv 2107.03374).
+
+    right: [P], of `samples` responses the number of right ones.
+    """
+    misses = torch.tensor([math.comb(samples - int(count), k) for count in right], dtype=torch.float64)
+    return 1.0 - misses.mean().item() / math.comb(samples, k)
+
+
+def evaluate(
+    model, tokens, *, task: ModuleType = arithmetic, problems: int = 256, samples: int = 4, seed: int = 0
+) -> dict[str, float]:
+    """On held-out problems, the same noise for the same seed.
+
+    accuracy of sampled responses, with its standard_error over problems, and greedy_accuracy; solved_once, the share of
+    problems that one of the `samples` responses solves, and pass_at_4 where there are more than four; ways, the mean
+    number of different right responses to a problem; mean entropy (nats) and number of all tokens of the responses.
+    """
+    entries = task.problems("held-out", problems)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        drawn = [respond(model, tokens, entries) for _ in range(samples)]
+        drawn = [respond(model, tokens, entries, task=task) for _ in range(samples)]
     entropy, count = 0.0, 0.0
+    right: list[set[str]] = [set() for _ in entries]
     with torch.no_grad():
         for rollouts in drawn:
             entropy += token_logprobs_from_model(model, rollouts.batch()).entropy.double().sum().item()
             count += rollouts.completion_mask.sum().item()
-    rates = torch.stack([rollouts.rewards for rollouts in drawn]).mean(0)
+            for found, response, reward in zip(right, rollouts.responses, rollouts.rewards.tolist(), strict=True):
+                found.update([response] if reward else [])
+    rewards = torch.stack([rollouts.rewards for rollouts in drawn])
+    rates = rewards.mean(0)
     return {
         "accuracy": rates.mean().item(),
         "standard_error": rates.std().item() / math.sqrt(problems),
         "solved_once": (rates > 0).float().mean().item(),
-        "greedy_accuracy": respond(model, tokens, entries, greedy=True).rewards.mean().item(),
+        **({"pass_at_4": pass_at(4, rewards.sum(0), samples)} if samples > 4 else {}),
+        "ways": sum(map(len, right)) / problems,
+        "greedy_accuracy": respond(model, tokens, entries, task=task, greedy=True).rewards.mean().item(),
         "entropy": entropy / count,
         "length": count / (problems * samples),
     }
 
 
-def worked_batches(tokens, steps: int, size: int) -> Iterator[dict[str, Tensor]]:
+def worked_batches(tokens, task: ModuleType, steps: int, size: int) -> Iterator[dict[str, Tensor]]:
     """Padded batches of prompts with their worked responses; labels are -100 at the prompt."""
-    data = arithmetic.problems("warm-up", steps * size)
-    careless = random.Random(0)
+    data = task.problems("warm-up", steps * size)
+    rng = random.Random(0)
     for step in range(steps):
         rows = []
         for entry in data[step * size : (step + 1) * size]:
-            prompt = tokens(arithmetic.prompt(entry), add_special_tokens=False)["input_ids"]
-            text = arithmetic.worked_response(entry, careless if careless.random() < CARELESS else None)
-            response = tokens(text, add_special_tokens=False)["input_ids"]
+            prompt = tokens(task.prompt(entry), add_special_tokens=False)["input_ids"]
+            response = tokens(task.demonstration(entry, rng), add_special_tokens=False)["input_ids"]
             response.append(tokens.eos_token_id)
             rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
         labels = [row.pop("labels") for row in rows]
@@ -97,19 +117,22 @@ def worked_batches(tokens, steps: int, size: int) -> Iterator[dict[str, Tensor]]
         yield batch
 
 
-def warm_up(folder: Path, steps: int = WARM_UP_STEPS, seed: int = 0) -> None:
-    """Trains a new model on worked responses for a minute and saves it in `folder`, unless it is there."""
+def warm_up(folder: Path, steps: int | None = None, seed: int = 0, task: ModuleType = arithmetic) -> Path:
+    """Trains a new model on worked responses for a minute or two and saves it, unless it is there: in which folder."""
+    steps = task.WARM_UP_STEPS if steps is None else steps
+    folder = folder / f"{task.__name__.rpartition('.')[2]}-{steps}"
     if (folder / "tokenizer_config.json").exists():
-        return
+        return folder
     torch.manual_seed(seed)
-    tokens, model = arithmetic.tokenizer(), arithmetic.model()
+    tokens = small_model.tokenizer(task.CHARACTERS)
+    model = small_model.model(tokens)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         # Up in 30 steps, then half a cosine down to a tenth.
         optimizer, lambda step: min(1.0, (step + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
     )  # fmt: skip
-    bar = tqdm(worked_batches(tokens, steps, WARM_UP_BATCH), desc="supervised warm-up", total=steps)
+    bar = tqdm(worked_batches(tokens, task, steps, WARM_UP_BATCH), desc="supervised warm-up", total=steps)
     for batch in bar:
         loss = model(**batch.to(model.device)).loss
         loss.backward()
@@ -120,3 +143,4 @@ def warm_up(folder: Path, steps: int = WARM_UP_STEPS, seed: int = 0) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
+    return folder

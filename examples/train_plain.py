@@ -1,6 +1,6 @@
 """RLVR in a plain loop, with no trainer: sample, verify, one loss from the hidden states, step.
 
-    python -m examples.train_plain --objective a3po --steps 60
+    python -m examples.train_plain --objective a3po --task chain_sum --steps 60
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from tqdm.auto import tqdm
@@ -20,8 +21,9 @@ from a3po_kernels.integrations.transformers import (
     policy_loss_from_model,
     token_logprobs_from_model,
 )
-from examples import arithmetic
-from examples.rollouts import WARM_UP_STEPS, evaluate, respond, warm_up
+from examples import arithmetic, small_model
+from examples.rollouts import evaluate, respond, warm_up
+from examples.tasks import TASKS
 
 
 def train(
@@ -34,19 +36,26 @@ def train(
     samples: int = 8,
     iterations: int = 1,
     rate: float = 1e-4,
+    reward_noise: float = 0.0,
     seed: int = 0,
+    task: ModuleType = arithmetic,
 ) -> Iterator[dict[str, float]]:
-    """Trains in place, `prompts` x `samples` rollouts a step and `iterations` updates on them; yields their metrics."""
+    """Trains in place, `prompts` x `samples` rollouts a step and `iterations` updates on them; yields their metrics.
+
+    reward_noise: the probability that a rollout is trained with the wrong reward; the metrics hold the right ones.
+    """
     torch.manual_seed(seed)
-    problems = arithmetic.problems("train", 4096)
+    noise = torch.Generator(model.device).manual_seed(seed)
+    problems = task.problems("train", 4096)
     groups = torch.arange(prompts, device=model.device).repeat_interleave(samples)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     order = torch.randperm(len(problems))
     for step in range(steps):
         chosen = [problems[int(order[(step * prompts + i) % len(order)])] for i in range(prompts)]
-        rollouts = respond(model, tokens, [entry for entry in chosen for _ in range(samples)])
+        rollouts = respond(model, tokens, [entry for entry in chosen for _ in range(samples)], task=task)
         batch = rollouts.batch()
-        batch["advantages"] = group_advantages(rollouts.rewards, groups)
+        wrong = torch.rand(len(groups), generator=noise, device=model.device) < reward_noise
+        batch["advantages"] = group_advantages(torch.where(wrong, 1 - rollouts.rewards, rollouts.rewards), groups)
         if iterations > 1:
             # From the second update on the current policy is no longer the one that sampled.
             with torch.no_grad():
@@ -73,23 +82,27 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="a3po", help="name of a preset of a3po_kernels")
+    parser.add_argument("--task", default="chain_sum", choices=TASKS)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--reward-noise", type=float, default=0.0, help="share of rollouts with the wrong reward")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="of the model, if it is not there yet")
-    parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="where the warmed-up model is kept")
+    parser.add_argument("--warm-up-steps", type=int, help="of the model, if it is not there yet")
+    parser.add_argument("--folder", type=Path, default=Path("build/warm-up"), help="where the warmed-up model is kept")
     args = parser.parse_args()
 
-    warm_up(args.folder / "warm-up", args.warm_up_steps)
-    tokens = arithmetic.tokenizer()
-    model = LlamaForCausalLM.from_pretrained(args.folder / "warm-up")
+    task = TASKS[args.task]
+    folder = warm_up(args.folder, args.warm_up_steps, task=task)
+    tokens = small_model.tokenizer(task.CHARACTERS)
+    model = LlamaForCausalLM.from_pretrained(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    before = evaluate(model, tokens)
+    before = evaluate(model, tokens, task=task)
     objective = getattr(a3po_kernels, args.objective)()
-    bar = tqdm(train(model, tokens, objective, steps=args.steps, rate=args.rate, seed=args.seed), total=args.steps)
+    options = {"steps": args.steps, "rate": args.rate, "reward_noise": args.reward_noise, "seed": args.seed}
+    bar = tqdm(train(model, tokens, objective, task=task, **options), total=args.steps)
     for metrics in bar:
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "entropy", "length")}, refresh=False)
-    after = evaluate(model, tokens)
+    after = evaluate(model, tokens, task=task)
     print(f"held-out accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} (+- {after['standard_error']:.3f})")
 
 
