@@ -82,10 +82,15 @@ def check_temperature(temperature: object, rows: torch.Tensor, validate: bool) -
         raise ValueError(f"temperature must be positive and finite; got {got.item()}")
 
 
-def check_rows(logits: Any, targets: Any, temperature: object, softcap: object, logit_scale: object) -> None:
-    """All that can be wrong with logits [..., V], targets [...] and the transform, short of their values."""
+def check_rows(
+    logits: Any, targets: Any, temperature: object, softcap: object, logit_scale: object, *, empty: bool = False
+) -> None:
+    """All that can be wrong with logits [..., V], targets [...] and the transform, short of their values.
+
+    empty: whether V may be 0.
+    """
     check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
-    if logits.ndim < 1 or logits.shape[-1] < 1:
+    if logits.ndim < 1 or (logits.shape[-1] < 1 and not empty):
         raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
     check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
     check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)

@@ -13,14 +13,15 @@ _ALIGN = 64  # columns; a multiple of every vector width, so that the rows of a 
 _SMALLEST, _LARGEST = 64 << 20, 1 << 30
 
 
-def default_chunk_bytes(device: torch.device, one_pass: bool = False) -> int:
+def default_chunk_bytes(device: torch.device, one_pass: bool = False, agreed: bool = False) -> int:
     """64 MiB on a CPU. On a GPU 1/128 of its memory, at most 1 GiB: more saved nothing where logits are formed again.
 
     In one pass 1/32 of its memory, halved while that is more than half of what is free: one chunk of all rows writes
     the weight's gradient once, in its own dtype, and several need a sum in fp32, which costs as much memory as the
     logits of 8,000 tokens and a tenth of the time (an H200, 8320 x 151936 x 4096). A 141 GB card takes 4.7 GB, an
     80 GB card 2.6 GB: one chunk of 8320 tokens of a 152k vocabulary. The size of the card decides, so that the same
-    call gives the same bits on every rank, unless memory is nearly used up.
+    call gives the same bits on every rank, unless memory is nearly used up, or `agreed` says that all ranks of a group
+    must cut alike.
     """
     if device.type != "cuda":
         return _SMALLEST
@@ -28,7 +29,7 @@ def default_chunk_bytes(device: torch.device, one_pass: bool = False) -> int:
     if not one_pass:
         return min(max(total // 128, _SMALLEST), _LARGEST)
     budget = total // 32
-    if torch.cuda.is_current_stream_capturing():
+    if agreed or torch.cuda.is_current_stream_capturing():
         return max(budget, _SMALLEST)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + held
@@ -54,13 +55,14 @@ class Tiles(NamedTuple):
 
     @property
     def column_count(self) -> int:
-        return -(-self.total_columns // self.columns)
+        return max(-(-self.total_columns // self.columns), 1)
 
     def row_slices(self) -> Iterator[slice]:
         return _slices(self.total_rows, self.rows) if self.cuts is None else iter(self.cuts)
 
     def column_slices(self) -> Iterator[slice]:
-        return _slices(self.total_columns, self.columns)
+        # A rank's empty part of a vocabulary is one tile of no columns: the others wait for what it has to say.
+        return _slices(self.total_columns, self.columns) if self.total_columns else iter((slice(0, 0),))
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
@@ -86,6 +88,9 @@ def column_tiles(rows: int, columns: int, itemsize: int, max_bytes: int) -> Tile
     return Tiles(rows, columns, _evenly(rows, max(elements // wide, 1)), wide)
 
 
-def row_tiles(rows: int, columns: int, itemsize: int, max_bytes: int) -> Tiles:
-    """Whole rows, as many as the budget holds and one at least: what needs a row's statistics at once."""
-    return Tiles(rows, columns, _evenly(rows, max(max_bytes // (itemsize * columns), 1)), columns)
+def row_tiles(rows: int, columns: int, itemsize: int, max_bytes: int, common: int | None = None) -> Tiles:
+    """Whole rows, as many as the budget holds and one at least: what needs a row's statistics at once.
+
+    common: the columns to cut by, where ranks that have different numbers of them must cut alike.
+    """
+    return Tiles(rows, columns, _evenly(rows, max(max_bytes // (itemsize * (common or columns)), 1)), max(columns, 1))

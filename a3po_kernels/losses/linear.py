@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,10 @@ from ..core.operators import reads_values, runs_plainly, without_autocast
 from ..core.tiles import default_chunk_bytes
 from ..core.transform import Transform
 from ..objectives import Objective
+from ..ops.head_arguments import EVERY, EXACT, GIVEN, Lora, check_head_rows, read_compaction, read_head
 from ..ops.linear_min_p import linear_min_p_unchecked
-from ..ops.linear_token_logprobs import (
-    EVERY,
-    EXACT,
-    GIVEN,
-    Lora,
-    check_head_rows,
-    head_statistics_unchecked,
-    read_compaction,
-    read_head,
-)
+from ..ops.linear_token_logprobs import head_statistics_unchecked
+from ..parallel.vocabulary import Split
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
@@ -52,6 +46,10 @@ def linear_policy_loss(
     statistics: str = "all",
     head_dtype: torch.dtype | None = None,
     plan: RowPlan | None = None,
+    tp_group: Any = None,
+    vocab_start: int | tuple[int, int] | None = None,
+    hidden_layout: str = "replicated",
+    grad_hidden: str | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
@@ -75,7 +73,9 @@ def linear_policy_loss(
 
     Args:
         hidden: [B, T, H], or [N, H] with cu_seqlens; row i predicts targets[i].
-        weight, bias, vocab_size, lora, main_grad, compaction, head_dtype: as in linear_token_logprobs.
+        weight, bias, vocab_size, lora, main_grad, compaction, head_dtype, tp_group, vocab_start, hidden_layout,
+            grad_hidden: as in linear_token_logprobs. Of a split head in one pass every chunk's statistics are gathered
+            while the next one's logits are formed, and dHidden is summed while the weight's gradient is.
         max_chunk_bytes: as there; in one pass by default 1/32 of a GPU's memory, halved while that is more than half of
             what is free. More chunks are slower, hold less, and sum the weight's gradient in another order.
         route: "one-pass" forms the logits of a chunk of rows once, with their gradient in place; it needs all that a
@@ -102,13 +102,14 @@ def linear_policy_loss(
         RuntimeError: on a double backward; on a second backward of the one-pass route.
     """
     check_objective(objective)
-    head = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype)
+    split = Split(tp_group, vocab_start, hidden_layout, grad_hidden)
+    head, shape_of_rows = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype, split)
     if hidden.ndim != (3 if cu_seqlens is None else 2):
         expected = "[N, H] with cu_seqlens" if cu_seqlens is not None else "[B, T, H]"
         hint = "; packed hidden states [N, H] need cu_seqlens" if cu_seqlens is None and hidden.ndim == 2 else ""
         raise ValueError(f"hidden must have shape {expected}; got {list(hidden.shape)}{hint}")
     check_head_rows(
-        head, targets, tuple(hidden.shape[:-1]), temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
+        head, targets, shape_of_rows, temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
@@ -121,7 +122,7 @@ def linear_policy_loss(
         denominator, max_length, scores,
     )  # fmt: skip
     batch = TokenBatch.read(
-        layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.vocabulary,
+        layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.total,
         ignore_index=ignore_index, temperature=temperature, validate=validate,
     )  # fmt: skip
     assert batch.targets is not None
@@ -179,7 +180,8 @@ def linear_policy_loss(
 
     tiles = None
     if any(wanted) and route != "recompute" and plan is not None and plain:
-        chunk_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device, one_pass=True)
+        agreed = head.shard is not None
+        chunk_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device, one_pass=True, agreed=agreed)
         tiles = plan_chunks(head, plan, unit, chunk_bytes)
         if tiles is None and route == "one-pass":
             raise ValueError(

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import check_backend
-from ..core.autograd import refuse_tangents
-from ..core.checks import as_rows, check_rows, compute_dtype
+from ..core.checks import as_rows, compute_dtype
 from ..core.layout import token_layout
 from ..core.operators import runs_plainly
 from ..core.transform import Transform
 from ..objectives import Objective
 from ..ops.min_p import min_p_rows_of
 from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
-from ..ops.token_logprobs import TokenStats, check_no_overlap, token_statistics
+from ..ops.token_logprobs import TokenStats, check_no_overlap, read_logits_shard, token_statistics
+from ..parallel.vocabulary import Split
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .shaping import current_rules, shape
@@ -35,8 +34,10 @@ from .stages import (
 ROUTES = ("auto", "one-launch", "two-stage")
 
 
-def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor) -> str | None:
+def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor, split: bool) -> str | None:
     """Why a token's gradient cannot be formed beside its statistics; None where it can."""
+    if split:
+        return "a row's statistics are the ranks' together"
     obstacle = why_not_beside(objective)
     if obstacle is not None:
         return obstacle
@@ -73,6 +74,9 @@ def policy_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    tp_group: Any = None,
+    vocab_start: int | tuple[int, int] | None = None,
+    vocab_size: int | None = None,
     validate: bool = False,
     backend: str = "auto",
     route: str = "auto",
@@ -101,7 +105,8 @@ def policy_loss(
         denominator: replaces what the aggregation divides by, a number or a 0-d tensor: e.g. the token (or rollout)
             count over all ranks and accumulation steps. Nothing is reduced over ranks here.
         max_length: of seq-mean-token-sum-norm; T if padded and not given.
-        temperature, softcap, logit_scale, ignore_index, inplace_backward, validate, backend: as in token_logprobs.
+        temperature, softcap, logit_scale, ignore_index, inplace_backward, tp_group, vocab_start, vocab_size, validate,
+            backend: as in token_logprobs.
         route: "one-launch" takes a row's statistics, its coefficient and its gradient while the row is in the cache:
             one pass over memory less. It needs weights, divisor and ratio that are known from the token alone, and not
             fp16 logits. The gradient is then formed in forward (with `inplace_backward` over the
@@ -123,9 +128,10 @@ def policy_loss(
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
     """
     check_objective(objective)
-    check_rows(logits, targets, temperature, softcap, logit_scale)
-    refuse_tangents(logits=logits)
-    check_backend(backend, logits.device)
+    split = Split(tp_group, vocab_start)
+    logits, shard, vocabulary = read_logits_shard(
+        logits, targets, temperature, softcap, logit_scale, split, vocab_size, backend
+    )
     expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
     if logits.ndim != (3 if cu_seqlens is None else 2):
         hint = "; packed logits [N, V] need cu_seqlens" if cu_seqlens is None and logits.ndim == 2 else ""
@@ -142,13 +148,13 @@ def policy_loss(
         denominator, max_length, scores,
     )  # fmt: skip
     batch = TokenBatch.read(
-        layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=logits.shape[-1],
+        layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=vocabulary,
         ignore_index=ignore_index, temperature=temperature, validate=validate,
     )  # fmt: skip
     assert batch.targets is not None
     flat_targets = batch.targets
     rows = as_rows(logits)
-    obstacle = _why_two_stages(objective, batch, logits)
+    obstacle = _why_two_stages(objective, batch, logits, shard is not None)
     if route == "one-launch" and obstacle is not None:
         raise ValueError(f"route='one-launch' is not possible here: {obstacle}")
     together = route == "one-launch" or (route == "auto" and obstacle is None and prefers_one_launch(rows, backend))
@@ -172,9 +178,9 @@ def policy_loss(
         stats, metrics = found
         return policy_output(batch, loss, stats, shaped.weights, metrics, "one-launch")
 
-    stats = token_statistics(rows, flat_targets, transform, inplace_backward, backend)
+    stats = token_statistics(rows, flat_targets, transform, inplace_backward, backend, shard)
     if objective.low_probability is not None and min_p_logprobs is None:
-        proxy = min_p_rows_of(rows, flat_targets, objective.low_probability.min_p, transform, backend)
+        proxy = min_p_rows_of(rows, flat_targets, objective.low_probability.min_p, transform, backend, shard)
         batch = replace(batch, proxy=proxy)
     shaped = shape(objective, batch, stats, backend)
     scale = loss_scale(objective, batch, shaped.weights, backend)
@@ -186,9 +192,9 @@ def policy_loss(
 class PolicyLoss(nn.Module):
     """policy_loss as a module: the objective and the logit transform are fixed, the batch comes by call.
 
-    Args: objective and the keywords temperature, softcap, logit_scale, ignore_index, inplace_backward, validate,
-    backend and route of policy_loss. Call it as policy_loss(logits, targets, advantages, **the rest); a call may
-    override them.
+    Args: objective and the keywords temperature, softcap, logit_scale, ignore_index, inplace_backward, tp_group,
+    vocab_start, vocab_size, validate, backend and route of policy_loss. Call it as
+    policy_loss(logits, targets, advantages, **the rest); a call may override them.
     """
 
     def __init__(
@@ -200,6 +206,9 @@ class PolicyLoss(nn.Module):
         logit_scale: float = 1.0,
         ignore_index: int = -100,
         inplace_backward: bool = False,
+        tp_group: Any = None,
+        vocab_start: int | tuple[int, int] | None = None,
+        vocab_size: int | None = None,
         validate: bool = False,
         backend: str = "auto",
         route: str = "auto",
@@ -209,7 +218,8 @@ class PolicyLoss(nn.Module):
         self.objective = objective
         self.options = {
             "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index,
-            "inplace_backward": inplace_backward, "validate": validate, "backend": backend, "route": route,
+            "inplace_backward": inplace_backward, "tp_group": tp_group, "vocab_start": vocab_start,
+            "vocab_size": vocab_size, "validate": validate, "backend": backend, "route": route,
         }  # fmt: skip
 
     def forward(self, logits: Tensor, targets: Tensor, advantages: Tensor, **batch) -> PolicyLossOutput:

@@ -20,10 +20,19 @@ from ..core.segments import true_first
 from ..core.tiles import Tiles, row_tiles
 from ..core.transform import Transform
 from ..objectives import CustomSurrogate, Objective, TokenRule
+from ..ops.head_arguments import weight_gradient_dtype
 from ..ops.linear_head import Gradients, LinearHead, Logits, head_gradients
-from ..ops.linear_token_logprobs import head_statistics, scatter_rows, weight_gradient_dtype
+from ..ops.linear_token_logprobs import head_statistics, scatter_rows
 from ..ops.one_launch import scale_gradient, write_statistics_and_gradient
-from ..ops.token_logprobs import TokenStats, empty_results, fold_statistics, write_gradient
+from ..ops.token_logprobs import (
+    TokenStats,
+    empty_results,
+    empty_state,
+    finish_statistics,
+    fold_statistics,
+    write_gradient,
+)
+from ..parallel.vocabulary import Gathering
 from .batch import TokenBatch
 from .rows import RowPlan
 from .shaping import ShapedTokens, shape
@@ -48,13 +57,18 @@ def whole_rollouts(boundaries: tuple[int, ...], tiles: Tiles) -> Tiles | None:
 
 def plan_chunks(head: LinearHead, plan: RowPlan, unit: str, max_bytes: int) -> Tiles | None:
     """How to go through the plan's rows in one pass, or None where a chunk cannot hold a whole unit."""
-    tiles = row_tiles(plan.row_count, head.vocabulary, head.tile_bytes(), max_bytes)
+    common = head.vocabulary if head.shard is None else head.shard.common
+    tiles = row_tiles(plan.row_count, head.vocabulary, head.tile_bytes(), max_bytes, common)
+    if tiles.row_count > 1 and head.shard is not None:
+        # Two tiles at a time: one is formed while what crosses ranks for the other is on its way.
+        max_bytes = max_bytes // 2
+        tiles = row_tiles(plan.row_count, head.vocabulary, head.tile_bytes(), max_bytes, common)
     if unit == "token" or tiles.row_count <= 1:
         return tiles
     if unit == "batch":
         return None
     # The evenly cut tiles may be shorter than the budget allows: rollouts take what it does.
-    longest = max(max_bytes // (head.tile_bytes() * head.vocabulary), 1)
+    longest = max(max_bytes // (head.tile_bytes() * common), 1)
     return whole_rollouts(plan.boundaries, tiles._replace(rows=longest))
 
 
@@ -130,7 +144,8 @@ def one_pass(
     assert my_targets is not None
     my_transform = transform.at(rows)
     my_shaped = _shaped_at(shaped, rows)
-    logits = Logits(head, rows, tiles)
+    shard = head.shard
+    logits = Logits(head, rows, tiles, buffers=2 if shard is not None and tiles.row_count > 1 else 1)
     results = empty_results(logits.buffer, my_targets.numel())
     form = surrogate_form(objective)
     half = head.dtype == torch.float16
@@ -146,9 +161,21 @@ def one_pass(
         units = units_of(factor)
     # A rule that is known already was applied to more than the plan's rows.
     most = _most_kept(objective, plan, batch.offsets.numel() - 1) if shaped is None else plan.row_count
-    together = my_shaped is not None and why_not_beside(objective) is None
+    together = my_shaped is not None and why_not_beside(objective) is None and shard is None
 
     found_here: ShapedTokens | None = None
+    on_their_way: dict[int, Gathering] = {}
+
+    def begin(at: slice, columns: slice, tile: Tensor) -> None:
+        """Takes this rank's part of a chunk's statistics and starts to gather all parts."""
+        assert shard is not None
+        found = tuple(result[at] for result in results)
+        state = empty_state(found)
+        fold_statistics(
+            tile[None], my_targets[at], my_transform.at(at), found, backend, first_column=shard.first, last=False,
+            state=state,
+        )  # fmt: skip
+        on_their_way[at.start] = shard.gather(state)
 
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
         nonlocal factor, units, found_here
@@ -161,7 +188,10 @@ def one_pass(
             inputs = policy_inputs(objective, part, _shaped_at(my_shaped, at), units.inner)
             write_statistics_and_gradient(tile[None], tile[None], my_targets[at], chunk, found, inputs, form, backend)
             return tile, None
-        fold_statistics(tile[None], my_targets[at], chunk, found, backend)
+        if shard is None:
+            fold_statistics(tile[None], my_targets[at], chunk, found, backend)
+        else:
+            finish_statistics(on_their_way.pop(at.start).wait(), my_targets[at], chunk, found, backend)
         here = shape(objective, part, stats, backend) if my_shaped is None else _shaped_at(my_shaped, at)
         found_here = here
         if factor is None:
@@ -178,7 +208,9 @@ def one_pass(
             tile, chunk = tile.index_select(0, kept), chunk.at(kept)
             target, shift, log_sum, entropy, d_logp = (x[kept] for x in (target, shift, log_sum, entropy, d_logp))
             d_entropy = None if d_entropy is None else d_entropy[kept]
-        write_gradient(tile[None], tile[None], target, shift, log_sum, entropy, d_logp, d_entropy, chunk, backend)
+        write_gradient(
+            tile[None], tile[None], target, shift, log_sum, entropy, d_logp, d_entropy, chunk, backend, head.first
+        )
         return tile, kept
 
     # One product is rounded once, to the weight's dtype; a sum, and what main_grad gets, stays wide till the end.
@@ -186,7 +218,7 @@ def one_pass(
     weight_dtype = weight_gradient_dtype(head.weight) if one_chunk else compute_dtype(head.dtype)
     gradients = head_gradients(
         head, logits, to_gradient, wanted, weight_dtype, active=None if plan.exact else mine.tokens,
-        row_factors=lambda: None if units is None else units.rows,
+        row_factors=lambda: None if units is None else units.rows, begin=None if shard is None else begin,
     )  # fmt: skip
     logp, entropy = (scatter_rows(result, rows, count) for result in results[:2])
     if plan.rest is not None:

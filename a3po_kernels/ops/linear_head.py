@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..core.checks import compute_dtype
 from ..core.tiles import Tiles
+from ..parallel.vocabulary import HiddenSum, Shard
 
 
 class LinearHead(NamedTuple):
     """logits = hidden @ (weight + lora_scale * lora_b @ lora_a).T + bias in `dtype`; no merged weight is formed.
 
     hidden [N, H]; weight [V, H], bias [V], lora_b [V, r], whose first `vocabulary` rows take part; lora_a [r, H].
+    shard: where these are this rank's part of a vocabulary.
     """
 
     hidden: Tensor
@@ -26,6 +28,17 @@ class LinearHead(NamedTuple):
     lora_scale: float
     vocabulary: int
     dtype: torch.dtype
+    shard: Shard | None = None
+
+    @property
+    def total(self) -> int:
+        """The whole vocabulary, of all ranks."""
+        return self.vocabulary if self.shard is None else self.shard.total
+
+    @property
+    def first(self) -> int:
+        """The global number of the first row."""
+        return 0 if self.shard is None else self.shard.first
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -61,17 +74,25 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 
 
 
 class Logits:
-    """Tiles of the logits of some rows (all if `rows` is None) in one buffer: the next tile overwrites the last."""
+    """Tiles of the logits of some rows (all if `rows` is None); as many as there are buffers live at a time."""
 
-    def __init__(self, head: LinearHead, rows: Tensor | None, tiles: Tiles):
-        self.head, self.tiles = head, tiles
+    def __init__(self, head: LinearHead, rows: Tensor | None, tiles: Tiles, buffers: int = 1):
+        self.head, self.tiles, self.rows = head, tiles, rows
         hidden = head.hidden if rows is None else head.hidden.index_select(0, rows)
         self.hidden = hidden.to(head.dtype)
         self.adapted = None
         if head.lora_a is not None:
             self.adapted = self.hidden @ head.lora_a.to(head.dtype).t()
-        self.buffer = torch.empty(tiles.rows * tiles.columns, dtype=head.dtype, device=hidden.device)
+        self.buffers = [self._buffer() for _ in range(buffers)]
         self.columns: slice | None = None
+
+    def _buffer(self) -> Tensor:
+        return torch.empty(self.tiles.rows * self.tiles.columns, dtype=self.head.dtype, device=self.hidden.device)
+
+    @property
+    def buffer(self) -> Tensor:
+        """The one that the next tile goes to."""
+        return self.buffers[0]
 
     def _slice(self, parameter: Tensor) -> Tensor:
         assert self.columns is not None
@@ -97,6 +118,7 @@ class Logits:
             torch.addmm(self.bias, self.hidden[rows], self.weight.t(), out=out)
         if self.adapted is not None and self.lora_b is not None:
             out.addmm_(self.adapted[rows], self.lora_b.t(), alpha=self.head.lora_scale)
+        self.buffers.append(self.buffers.pop(0))
         return out
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -105,6 +127,17 @@ class Logits:
             self.enter(columns)
             for rows in self.tiles.row_slices():
                 yield rows, columns, self.tile(rows)
+
+    def one_ahead(self, begin: Callable[[slice, slice, Tensor], None]) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The same, each after the next one's product: what `begin` starts of a tile goes on meanwhile."""
+        last = None
+        for item in self:
+            begin(*item)
+            if last is not None:
+                yield last
+            last = item
+        if last is not None:
+            yield last
 
 
 class _Sum:
@@ -151,6 +184,7 @@ def head_gradients(
     head: LinearHead, logits: Logits, to_gradient: ToGradient, wanted: tuple[bool, ...],
     weight_dtype: torch.dtype, active: Tensor | None = None, main_grad: Tensor | None = None,
     row_factors: Callable[[], Tensor | None] = lambda: None,
+    begin: Callable[[slice, slice, Tensor], None] | None = None,
 ) -> Gradients:  # fmt: skip
     """Turns each tile of the logits into its gradient by `to_gradient` and sums the products.
 
@@ -158,11 +192,14 @@ def head_gradients(
     sums into fp32, in the head's dtype if it is one product); weight's is in weight_dtype, or is added
     to main_grad [V, H] instead. active: bool [rows], False where the gradient is 0 and the hidden state may be NaN.
     row_factors: after the first to_gradient, factors [rows] of the gradients that the tiles lack (of tiles that hold
-    whole rows), or None.
+    whole rows), or None. begin: called with a tile before the one before it goes to to_gradient, which `logits` has two
+    buffers for; all ranks of a split head then have the same tiles.
     """
     tiles, hidden = logits.tiles, logits.hidden
     device, dtype = hidden.device, compute_dtype(head.dtype)
+    shard = head.shard
     lone = device.type == "cpu" and tiles.column_count == 1 and head.lora_a is None and head.dtype != torch.float16
+    lone = lone and shard is None  # parts of a sum
     want_hidden, want_weight, want_bias, want_a, want_b = wanted
     want_adapted = head.lora_a is not None and (want_hidden or want_a)
 
@@ -187,7 +224,8 @@ def head_gradients(
     d_a = zeros(head.lora_a, want_a)
     weight_sum = None
     factors: Tensor | None = None
-    for rows, columns, tile in logits:
+    hidden_sum = None if shard is None or d_hidden is None else HiddenSum(shard, d_hidden, logits.rows)
+    for rows, columns, tile in logits if begin is None else logits.one_ahead(begin):
         if rows.start == 0 and d_weight is not None and want_weight:
             if weight_sum is not None:
                 weight_sum.close()
@@ -208,6 +246,11 @@ def head_gradients(
             into, into_adapted = _like_rows(d_hidden, kept), _like_rows(d_adapted, kept)
         if into is not None:
             add_product(into, tile, logits.weight, add=later and kept is None)
+        if kept is not None:
+            _put_rows(d_hidden, rows, kept_rows, into, later)
+        last = rows.stop == tiles.total_rows and columns.stop == head.vocabulary
+        if hidden_sum is not None and head.lora_a is None and (last or begin is not None):
+            hidden_sum.start(rows if begin is not None else slice(None), last)
         if weight_sum is not None:
             weight_sum.add(tile.t(), mine)
         if d_bias is not None and factors is None:
@@ -220,7 +263,6 @@ def head_gradients(
         if into_adapted is not None and logits.lora_b is not None:
             add_product(into_adapted, tile, logits.lora_b, add=later and kept is None, alpha=head.lora_scale)
         if kept is not None:
-            _put_rows(d_hidden, rows, kept_rows, into, later)
             _put_rows(d_adapted, rows, kept_rows, into_adapted, later)
     if weight_sum is not None:
         weight_sum.close()
@@ -230,6 +272,12 @@ def head_gradients(
             add_product(d_hidden, d_adapted, head.lora_a.to(head.dtype), add=True)
         if d_a is not None:
             add_product(d_a, d_adapted.t(), clean, add=False)
+            if shard is not None:
+                shard.sum_up(d_a)  # every rank has all of A
+    if hidden_sum is not None:
+        if head.lora_a is not None:
+            hidden_sum.start(slice(None), True)
+        hidden_sum.finish()
     if d_hidden is not None and factors is not None:
         d_hidden.mul_(factors.unsqueeze(-1))
     return Gradients(d_hidden, d_weight if main_grad is None else None, d_bias, d_a, d_b)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,17 +11,10 @@ from ..core.checks import compute_dtype
 from ..core.operators import plainly, without_autocast
 from ..core.tiles import default_chunk_bytes, row_tiles
 from ..core.transform import Transform
+from ..parallel.vocabulary import Shard, Split
+from .head_arguments import EVERY, EXACT, Lora, check_head_rows, read_compaction, read_head
 from .linear_head import LinearHead, Logits
-from .linear_token_logprobs import (
-    EVERY,
-    EXACT,
-    Lora,
-    check_head_rows,
-    read_compaction,
-    read_head,
-    rows_where,
-    scatter_rows,
-)
+from .linear_token_logprobs import rows_where, scatter_rows
 from .min_p import check_min_p, min_p_rows
 from .token_logprobs import check_targets
 
@@ -28,18 +23,21 @@ from .token_logprobs import check_targets
 def _linear_min_p(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, targets: Tensor,
     lora_scale: float, vocabulary: int, dtype: torch.dtype, min_p: float, logit_scale: float, softcap: float,
-    ignore_index: int, max_chunk_bytes: int, compaction: int, backend: str,
+    ignore_index: int, max_chunk_bytes: int, compaction: int, backend: str, group: str, grad_hidden: str,
+    shard_numbers: list[int],
 ) -> Tensor:  # fmt: skip
     """[N] of hidden [N, H]; compaction: see rows_where."""
-    head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
+    shard = Shard.of(group, grad_hidden, shard_numbers)
+    head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype, shard)
     transform = Transform(None, 1.0, logit_scale, softcap, ignore_index)
     with without_autocast(hidden.device):
         rows, _ = rows_where(targets != ignore_index, compaction)
         mine = targets if rows is None else targets[rows]
-        logits = Logits(head, rows, row_tiles(mine.numel(), vocabulary, head.tile_bytes(), max_chunk_bytes))
+        common = None if shard is None else shard.common
+        logits = Logits(head, rows, row_tiles(mine.numel(), vocabulary, head.tile_bytes(), max_chunk_bytes, common))
         out = torch.empty(mine.numel(), dtype=compute_dtype(dtype), device=mine.device)
         for at, _, tile in logits:
-            out[at] = min_p_rows(tile[None], mine[at], min_p, transform, backend)
+            out[at] = min_p_rows(tile[None], mine[at], min_p, transform, backend, shard)
         return scatter_rows(out, rows, targets.numel())
 
 
@@ -60,7 +58,7 @@ def linear_min_p_unchecked(
     return _linear_min_p_plainly(
         *parameters, targets, head.lora_scale, head.vocabulary, head.dtype, float(min_p), transform.logit_scale,
         transform.softcap, transform.ignore_index, max_chunk_bytes or default_chunk_bytes(targets.device), compaction,
-        backend,
+        backend, *Shard.flat(head.shard),
     )  # fmt: skip
 
 
@@ -79,6 +77,9 @@ def linear_min_p_token_logprobs(
     head_dtype: torch.dtype | None = None,
     max_chunk_bytes: int | None = None,
     compaction: str | int = "auto",
+    tp_group: Any = None,
+    vocab_start: int | tuple[int, int] | None = None,
+    hidden_layout: str = "replicated",
     validate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -94,13 +95,14 @@ def linear_min_p_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError: as linear_token_logprobs does.
     """
-    head = read_head(hidden, weight, bias, lora, vocab_size, None, head_dtype)
+    split = Split(tp_group, vocab_start, hidden_layout)
+    head, shape = read_head(hidden, weight, bias, lora, vocab_size, None, head_dtype, split)
     check_head_rows(
-        head, targets, tuple(hidden.shape[:-1]), 1.0, softcap, logit_scale, max_chunk_bytes, compaction, backend
+        head, targets, shape, 1.0, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
     check_min_p(min_p)
     transform = Transform.of(1.0, softcap, logit_scale, ignore_index)
-    check_targets(targets, head.vocabulary, ignore_index, validate)
+    check_targets(targets, head.total, ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
     chosen = EXACT if read_compaction(compaction, hidden, backend) == EXACT else EVERY
     out = linear_min_p_unchecked(head, flat, min_p, transform, max_chunk_bytes, chosen, backend)

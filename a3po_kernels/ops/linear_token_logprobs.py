@@ -6,24 +6,38 @@ f, and takes two products of each (6 f N V H).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..backends import check_backend
-from ..core.autograd import final, refuse_tangents
-from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_temperature, check_tensor, check_transform, same_shape
-from ..core.operators import plainly, plainly_differentiable, runs_plainly, without_autocast
+from ..core.autograd import final
+from ..core.checks import check_temperature
+from ..core.operators import plainly, plainly_differentiable, without_autocast
 from ..core.segments import true_first
 from ..core.tiles import column_tiles, default_chunk_bytes
 from ..core.transform import Transform
+from ..parallel.vocabulary import Shard, Split
+from .head_arguments import (
+    EVERY,
+    EXACT,
+    GIVEN,
+    Lora,
+    check_head_rows,
+    read_compaction,
+    read_head,
+    weight_gradient_dtype,
+)
 from .linear_head import LinearHead, Logits, at_rows, head_gradients
-from .token_logprobs import TokenStats, check_targets, empty_results, fold_statistics, write_gradient
-
-Lora = tuple[Tensor, Tensor, float]
-
-
-# How rows are left out: counted when they are needed, none, or given; a positive number is a capacity.
-EXACT, EVERY, GIVEN = -1, 0, -2
+from .token_logprobs import (
+    TokenStats,
+    check_targets,
+    empty_results,
+    empty_state,
+    finish_statistics,
+    fold_statistics,
+    write_gradient,
+)
 
 
 def rows_where(
@@ -62,16 +76,17 @@ def head_statistics(
     tiles = column_tiles(targets.numel(), head.vocabulary, head.tile_bytes(), max_chunk_bytes)
     logits = Logits(head, rows, tiles)
     results = empty_results(logits.buffer, targets.numel())
-    state = None
-    if tiles.column_count > 1:
-        state = torch.empty((4, targets.numel()), dtype=results[0].dtype, device=targets.device)
+    whole = head.shard is None
+    state = empty_state(results) if tiles.column_count > 1 or not whole else None
     for at, columns, tile in logits:
         fold_statistics(
             tile[None], targets[at], transform.at(at), tuple(result[at] for result in results), backend,
-            first_column=columns.start, vocabulary=head.vocabulary, first=columns.start == 0,
-            last=columns.stop == head.vocabulary,
+            first_column=head.first + columns.start, vocabulary=head.vocabulary, first=columns.start == 0,
+            last=whole and columns.stop == head.vocabulary,
             state=None if state is None else state[:, at],
         )  # fmt: skip
+    if head.shard is not None and state is not None and targets.numel():
+        finish_statistics(head.shard.gather(state).wait(), targets, transform, results, backend)
     return tuple(scatter_rows(result, rows, count) for result in results)
 
 
@@ -81,10 +96,12 @@ def _linear_statistics(
     main_grad: Tensor | None, targets: Tensor, lora_scale: float, vocabulary: int, dtype: torch.dtype,
     weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float, logit_scale: float,
     softcap: float, ignore_index: int, max_chunk_bytes: int, forward_rows: int, backward_rows: int, backend: str,
-    rows_given: Tensor | None, backward_rows_given: Tensor | None,
+    group: str, grad_hidden: str, shard_numbers: list[int], rows_given: Tensor | None,
+    backward_rows_given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logp, entropy, shift, log2_sum) [N] of hidden [N, H]; the rows to compute where forward_rows is GIVEN."""
-    head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
+    shard = Shard.of(group, grad_hidden, shard_numbers)
+    head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype, shard)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
     rows, overflow = rows_where(targets != ignore_index, forward_rows, rows_given)
     with without_autocast(hidden.device):
@@ -106,10 +123,11 @@ def _linear_gradient(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, wanted: list[bool], lora_scale: float, vocabulary: int,
     dtype: torch.dtype, weight_dtype: torch.dtype, temperature: Tensor | None, temperature_value: float,
     logit_scale: float, softcap: float, ignore_index: int, max_chunk_bytes: int, forward_rows: int, backward_rows: int,
-    backend: str, backward_rows_given: Tensor | None,
+    backend: str, group: str, grad_hidden: str, shard_numbers: list[int], backward_rows_given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The wanted gradients of hidden, weight, bias, lora_a and lora_b, in their parameter's dtype; [0] if unwanted."""
-    head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype)
+    shard = Shard.of(group, grad_hidden, shard_numbers)
+    head = LinearHead(hidden, weight, bias, lora_a, lora_b, lora_scale, vocabulary, dtype, shard)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
     count = targets.numel()
     active = targets != ignore_index
@@ -135,7 +153,7 @@ def _linear_gradient(
     def to_gradient(at: slice, columns: slice, tile: Tensor) -> tuple[Tensor, Tensor | None]:
         write_gradient(
             tile[None], tile[None], targets[at], shift[at], log_sum[at], entropy[at], at_rows(grad_logp, at),
-            at_rows(grad_entropy, at), transform.at(at), backend, columns.start,
+            at_rows(grad_entropy, at), transform.at(at), backend, head.first + columns.start,
         )  # fmt: skip
         return tile, None
 
@@ -188,7 +206,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logp, grad_entropy, *_):
-    nothing = (None,) * 17
+    nothing = (None,) * 20
     wanted = list(ctx.needs_input_grad[:5])
     if not any(wanted) or (grad_logp is None and grad_entropy is None):
         return (None,) * 5 + nothing
@@ -205,106 +223,6 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
 _statistics_plainly = plainly_differentiable(_linear_statistics, _setup_context, _backward)
 
 
-def read_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, vocab_size: int | None,
-    main_grad: Tensor | None, head_dtype: torch.dtype | None,
-) -> LinearHead:  # fmt: skip
-    """Checks the head and reads it, hidden flat [N, H]; raises ValueError or TypeError."""
-    check_tensor("hidden", hidden, dtypes=LOGIT_DTYPES)
-    if hidden.ndim < 1 or hidden.shape[-1] < 1:
-        raise ValueError(f"hidden must have shape [..., H] with H >= 1; got {list(hidden.shape)}")
-    check_tensor("weight", weight, dtypes=LOGIT_DTYPES, device=hidden.device)
-    width = hidden.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] < 1:
-        raise ValueError(f"weight must have shape [V, {width}], as hidden is [..., {width}]; got {list(weight.shape)}")
-    columns = weight.shape[0]
-    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
-    if bias is not None:
-        check_tensor("bias", bias, (columns,), LOGIT_DTYPES, hidden.device)
-    if vocab_size is not None:
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise TypeError(f"vocab_size must be an integer; got {type(vocab_size).__name__}")
-        if not 1 <= vocab_size <= columns:
-            raise ValueError(f"vocab_size must lie in [1, {columns}], the rows of weight; got {vocab_size}")
-    lora_a, lora_b, scale = (None, None, 1.0) if lora is None else _read_lora(lora, columns, width, hidden.device)
-    if main_grad is not None:
-        check_tensor("main_grad", main_grad, tuple(weight.shape), (torch.float32,), hidden.device)
-        if not weight.requires_grad:
-            raise ValueError("main_grad was given for a weight that does not require a gradient")
-    if head_dtype is not None and head_dtype not in LOGIT_DTYPES:
-        raise TypeError(f"head_dtype must be a floating-point dtype of logits; got {head_dtype}")
-    dtype = head_dtype or _gemm_dtype(hidden, weight)
-    return LinearHead(
-        hidden.reshape(-1, width), weight, bias, lora_a, lora_b, scale, vocab_size or columns, dtype
-    )  # fmt: skip
-
-
-def _read_lora(lora: object, columns: int, width: int, device: torch.device) -> Lora:
-    if not isinstance(lora, tuple) or len(lora) != 3:
-        raise TypeError(f"lora must be a tuple (A [r, H], B [V, r], scale); got {type(lora).__name__}")
-    a, b, scale = lora
-    check_tensor("lora A", a, dtypes=LOGIT_DTYPES, device=device)
-    check_tensor("lora B", b, dtypes=LOGIT_DTYPES, device=device)
-    if a.ndim != 2 or a.shape[1] != width or not same_shape(b.shape, (columns, a.shape[0])):
-        raise ValueError(
-            f"lora must hold A [r, {width}] and B [{columns}, r]; got {list(a.shape)} and {list(b.shape)}"
-        )  # fmt: skip
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"lora's scale must be a number; got {type(scale).__name__}")
-    refuse_tangents(**{"lora A": a, "lora B": b})
-    return a, b, float(scale)
-
-
-def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, as in F.linear; else the wider of the two."""
-    kind = hidden.device.type
-    available = torch.amp.is_autocast_available(kind)
-    if hidden.dtype != torch.float64 and available and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
-def weight_gradient_dtype(weight: Tensor) -> torch.dtype:
-    """What weight.grad is to be: PyTorch's `grad_dtype` of the tensor where it is set, else the weight's own."""
-    if torch.compiler.is_compiling() or not weight.is_leaf:
-        return weight.dtype
-    wanted = getattr(weight, "grad_dtype", None)
-    return wanted if wanted in (torch.float32, torch.float64) else weight.dtype
-
-
-def check_head_rows(
-    head: LinearHead, targets: object, shape: tuple[int, ...], temperature: object, softcap: object,
-    logit_scale: object, max_chunk_bytes: object, compaction: object, backend: str,
-) -> None:  # fmt: skip
-    """All that can be wrong with the other arguments of a linear head, short of their values."""
-    device = head.hidden.device
-    check_tensor("targets", targets, shape, INDEX_DTYPES, device)
-    check_transform(temperature, softcap, logit_scale, shape, device)
-    check_backend(backend, device)
-    if max_chunk_bytes is not None:
-        if isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int):
-            raise TypeError(f"max_chunk_bytes must be an integer; got {type(max_chunk_bytes).__name__}")
-        if max_chunk_bytes < 1:
-            raise ValueError(f"max_chunk_bytes must be positive; got {max_chunk_bytes}")
-    capacity = isinstance(compaction, int) and not isinstance(compaction, bool) and compaction > 0
-    if not capacity and compaction not in ("auto", "exact", "none"):
-        raise ValueError(f"compaction must be 'auto', 'exact', 'none' or a positive number of rows; got {compaction!r}")
-
-
-def read_compaction(compaction: str | int, hidden: Tensor, backend: str) -> int:
-    """EXACT, EVERY or a number of rows; where counting takes no synchronisation a number is EXACT.
-
-    "auto" is exact but where nothing may wait: on a GPU while a graph is captured, and in what is compiled or traced.
-    """
-    device = hidden.device
-    if isinstance(compaction, int):
-        return compaction if device.type != "cpu" or backend == "triton" else EXACT
-    if compaction == "auto" and device.type != "cpu":
-        waits = not runs_plainly(hidden) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        return EVERY if waits else EXACT
-    return EVERY if compaction == "none" else EXACT
-
-
 def head_statistics_unchecked(
     head: LinearHead, targets: Tensor, transform: Transform, main_grad: Tensor | None, max_chunk_bytes: int | None,
     forward_rows: int, backward_rows: int, given: tuple[Tensor | None, Tensor | None], backend: str,
@@ -313,7 +231,7 @@ def head_statistics_unchecked(
     logp, entropy, _, _ = _statistics_plainly(
         *head.parameters, main_grad, targets, head.lora_scale, head.vocabulary, head.dtype,
         weight_gradient_dtype(head.weight), *transform, max_chunk_bytes or default_chunk_bytes(targets.device),
-        forward_rows, backward_rows, backend, *given,
+        forward_rows, backward_rows, backend, *Shard.flat(head.shard), *given,
     )  # fmt: skip
     return TokenStats(logp, entropy)
 
@@ -334,6 +252,10 @@ def linear_token_logprobs(
     head_dtype: torch.dtype | None = None,
     max_chunk_bytes: int | None = None,
     compaction: str | int = "auto",
+    tp_group: Any = None,
+    vocab_start: int | tuple[int, int] | None = None,
+    hidden_layout: str = "replicated",
+    grad_hidden: str | None = None,
     validate: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
@@ -362,6 +284,19 @@ def linear_token_logprobs(
             GPU leaves out the masked rows, with one synchronisation forward ("none" while a CUDA graph is captured and
             under torch.compile). A number n lets backward multiply n rows, those with a gradient first, without a
             synchronisation; if more have one, every gradient is NaN rather than wrong. On the CPU a number is "exact".
+        tp_group: a torch.distributed group whose ranks share the vocabulary: weight, bias and lora's B are this rank's
+            rows of it (none is fine), targets are global numbers, vocab_size, if given, is the whole vocabulary's, and
+            lora's A is the same on every rank. Everything else must be equal on all ranks. Four numbers a row are
+            gathered, so that every rank has the same statistics to the bit; the gradients of weight, bias and B stay
+            here, that of A is summed.
+        vocab_start: the global number of weight's first row, or (first, stop) where the rows from stop on are padding;
+            by default the ranks hold equal parts in rank order. Given without vocab_size, the ranks exchange their
+            sizes, for which a GPU waits.
+        hidden_layout: "replicated", or "sequence_sharded": hidden has this rank's part of the rows, [..., T / ranks, H]
+            of the targets' [..., T], in rank order; they are gathered here.
+        grad_hidden: what becomes of each rank's part of dHidden: "all_reduce", summed on every rank, in fp32 (the
+            default); "reduce_scatter", summed at the rows that "sequence_sharded" gives this rank and 0 elsewhere (the
+            default there); "partial", left for the caller to sum.
 
     Returns:
         TokenStats(logprobs, entropy), each [...], in fp32 (fp64 for an fp64 head).
@@ -369,12 +304,13 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as token_logprobs does.
     """
-    head = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype)
+    split = Split(tp_group, vocab_start, hidden_layout, grad_hidden)
+    head, shape = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype, split)
     check_head_rows(
-        head, targets, tuple(hidden.shape[:-1]), temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
+        head, targets, shape, temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
-    check_targets(targets, head.vocabulary, ignore_index, validate)
+    check_targets(targets, head.total, ignore_index, validate)
     check_temperature(temperature, targets != ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
     backward_rows = read_compaction(compaction, hidden, backend)

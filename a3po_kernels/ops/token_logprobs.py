@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from ..backends import check_backend, choose
 from ..core.autograd import final, refuse_tangents
 from ..core.checks import as_rows, check_rows, check_temperature, compute_dtype
-from ..core.operators import plainly, plainly_differentiable, reads_values, traced
+from ..core.operators import plainly, plainly_differentiable, reads_values, runs_plainly, traced
 from ..core.transform import Transform
+from ..parallel.vocabulary import Shard, Split, read_split
 
 
 class TokenStats(NamedTuple):
@@ -32,11 +33,33 @@ def fold_statistics(
     state [4, N] what merges: shift, sum, dot and the target's capped logit. shift and log2_sum are the softmax
     statistics that the same backend's gradient reads.
     """
-    if targets.numel():
+    if targets.numel() and not logits.shape[-1]:
+        assert state is not None and not last
+        _set_empty(state)
+    elif targets.numel():
         choose(backend, logits.device).fold_statistics(
             logits, targets, transform, results, first_column=first_column, vocabulary=vocabulary, first=first,
             last=last, state=state,
         )  # fmt: skip
+
+
+def _set_empty(state: Tensor) -> None:
+    """The state [4, N] of no columns: nothing is below its shift, and the target is not there."""
+    for values, value in zip(state, (-1e38, 0.0, 0.0, torch.nan), strict=True):
+        values.fill_(value)
+
+
+def finish_statistics(
+    states: Tensor, targets: Tensor, transform: Transform, results: tuple[Tensor, ...], backend: str
+) -> None:
+    """Merges the states [parts, 4, N] of the parts of a vocabulary, in their order, and writes `results`."""
+    if targets.numel():
+        choose(backend, targets.device).finish_statistics(states, targets, transform, results)
+
+
+def empty_state(results: tuple[Tensor, ...]) -> Tensor:
+    """Room for the state [4, N] of the rows of `results`."""
+    return results[0].new_empty((4, results[0].numel()))
 
 
 def empty_results(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
@@ -48,12 +71,20 @@ def empty_results(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
 @torch.library.custom_op("a3po::token_statistics", mutates_args=())
 def _token_statistics(
     logits: Tensor, targets: Tensor, temperature: Tensor | None, temperature_value: float, logit_scale: float,
-    softcap: float, ignore_index: int, inplace_backward: bool, backend: str,
+    softcap: float, ignore_index: int, inplace_backward: bool, backend: str, group: str, shard_numbers: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, entropy, shift, log2_sum) [N] of logits [batch, rows, V]."""
+    """(logp, entropy, shift, log2_sum) [N] of logits [batch, rows, V], or of this rank's shard of the vocabulary."""
     results = empty_results(logits, targets.numel())
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
-    fold_statistics(logits, targets, transform, results, backend)
+    shard = Shard.of(group, "", shard_numbers)
+    if shard is None or not targets.numel():
+        fold_statistics(logits, targets, transform, results, backend)
+        return results  # type: ignore[return-value]
+    state = empty_state(results)
+    fold_statistics(
+        logits, targets, transform, results, backend, first_column=shard.first, last=False, state=state
+    )
+    finish_statistics(shard.gather(state).wait(), targets, transform, results, backend)
     return results  # type: ignore[return-value]
 
 
@@ -70,7 +101,7 @@ def write_gradient(
 
     grad_logp, grad_entropy: the incoming gradients [N]; either may be absent. A row where both are 0 becomes 0.
     """
-    if targets.numel():
+    if targets.numel() and logits.shape[-1]:
         choose(backend, logits.device).write_gradient(
             out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, first_column
         )
@@ -80,12 +111,14 @@ def write_gradient(
 def _logits_gradient(
     logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
     grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
-    logit_scale: float, softcap: float, ignore_index: int, backend: str,
+    logit_scale: float, softcap: float, ignore_index: int, backend: str, first_column: int,
 ) -> Tensor:  # fmt: skip
     """dL/dz as a new contiguous tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
-    write_gradient(out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend)
+    write_gradient(
+        out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend, first_column
+    )
     return out
 
 
@@ -98,11 +131,13 @@ def _(logits, *_):
 def _logits_gradient_(
     logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
     grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
-    logit_scale: float, softcap: float, ignore_index: int, backend: str,
+    logit_scale: float, softcap: float, ignore_index: int, backend: str, first_column: int,
 ) -> None:  # fmt: skip
     """The same, written over the logits."""
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
-    write_gradient(logits, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend)
+    write_gradient(
+        logits, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend, first_column
+    )
 
 
 _gradient_plainly = plainly(_logits_gradient)
@@ -111,21 +146,23 @@ _gradient_in_place = traced(_logits_gradient_)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index, inplace, backend = inputs
+    logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index, inplace, backend = inputs[:9]
     _, entropy, shift, log_sum = output
     ctx.save_for_backward(logits, targets, temperature, shift, log_sum, entropy)
     ctx.mark_non_differentiable(shift, log_sum)
     ctx.set_materialize_grads(False)
-    ctx.transform = (temperature_value, logit_scale, softcap, ignore_index, backend)
+    shard = Shard.of(inputs[9], "", inputs[10])
+    first_column = 0 if shard is None else shard.first
+    ctx.rest = (temperature_value, logit_scale, softcap, ignore_index, backend, first_column)
     ctx.inplace = inplace
 
 
 def _backward(ctx, grad_logp, grad_entropy, *_):
     logits, targets, temperature, shift, log_sum, entropy = ctx.saved_tensors
-    nothing = (None,) * 8
+    nothing = (None,) * 10
     if not ctx.needs_input_grad[0] or (grad_logp is None and grad_entropy is None):
         return None, *nothing
-    arguments = (targets, shift, log_sum, entropy, grad_logp, grad_entropy, temperature, *ctx.transform)
+    arguments = (targets, shift, log_sum, entropy, grad_logp, grad_entropy, temperature, *ctx.rest)
     if not ctx.inplace:
         return final(_gradient_plainly(logits, *arguments), logits), *nothing
     _gradient_in_place(logits, *arguments)
@@ -144,6 +181,9 @@ def token_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    tp_group: Any = None,
+    vocab_start: int | tuple[int, int] | None = None,
+    vocab_size: int | None = None,
     validate: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
@@ -160,6 +200,9 @@ def token_logprobs(
         logit_scale: multiplies the logits before the softcap.
         inplace_backward: lets backward write the gradient over the logits. It saves a tensor of the logits' size; the
             logits are spoilt afterwards (autograd notices if something else still needed them).
+        tp_group, vocab_start, vocab_size: where the logits are this rank's columns of a vocabulary that the ranks of a
+            torch.distributed group share, as in linear_token_logprobs; targets are global numbers. Every rank gets the
+            same statistics, by one all-gather of four numbers a row, and the gradient of its own columns.
         validate: on a GPU also check values, not only shapes; this synchronises with the host. The CPU always checks.
         backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
 
@@ -172,23 +215,38 @@ def token_logprobs(
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
         RuntimeError: on a double backward, which is not implemented.
     """
-    check_rows(logits, targets, temperature, softcap, logit_scale)
-    refuse_tangents(logits=logits)
-    check_backend(backend, logits.device)
+    logits, shard, total = read_logits_shard(
+        logits, targets, temperature, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
+    )
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
-    check_targets(targets, logits.shape[-1], ignore_index, validate)
+    check_targets(targets, total, ignore_index, validate)
     check_temperature(temperature, targets != ignore_index, validate)
-    stats = token_statistics(as_rows(logits), targets.reshape(-1).contiguous(), transform, inplace_backward, backend)
+    flat = targets.reshape(-1).contiguous()
+    stats = token_statistics(as_rows(logits), flat, transform, inplace_backward, backend, shard)
     return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))
 
 
+def read_logits_shard(
+    logits: Tensor, targets: Tensor, temperature: object, softcap: object, logit_scale: object, split: Split,
+    vocab_size: int | None, backend: str,
+) -> tuple[Tensor, Shard | None, int]:  # fmt: skip
+    """Checks logits and their transform; gives the columns that take part, the shard, and the whole vocabulary."""
+    check_rows(logits, targets, temperature, softcap, logit_scale, empty=split.tp_group is not None)
+    refuse_tangents(logits=logits)
+    check_backend(backend, logits.device)
+    shard, columns = read_split(split, logits.shape[-1], vocab_size, logits.device, runs_plainly(logits), "the columns")
+    logits = logits if columns == logits.shape[-1] else logits[..., :columns]
+    return logits, shard, columns if shard is None else shard.total
+
+
 def token_statistics(
-    rows: Tensor, targets: Tensor, transform: Transform, inplace_backward: bool, backend: str
+    rows: Tensor, targets: Tensor, transform: Transform, inplace_backward: bool, backend: str, shard: Shard | None
 ) -> TokenStats:
     """token_logprobs after its checks, of logits [batch, rows, V] and flat targets [N]; flat [N]."""
-    logp, entropy, _, _ = _statistics_plainly(rows, targets, *transform, inplace_backward, backend)
+    group, _, numbers = Shard.flat(shard)
+    logp, entropy, _, _ = _statistics_plainly(rows, targets, *transform, inplace_backward, backend, group, numbers)
     return TokenStats(logp, entropy)
 
 

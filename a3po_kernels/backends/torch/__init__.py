@@ -1,16 +1,16 @@
 """Chunked PyTorch: any device, no second N x V in fp32."""
 
 from .gradient import write_gradient
-from .min_p import min_p_logprobs
+from .min_p import finish_min_p, min_p_logprobs, min_p_part, row_maxima
 from .one_launch import prefers_one_launch, write_statistics_and_gradient
 from .policy_terms import loss_and_coefficients
 from .scaling import scale
 from .selection import LONGEST_SEGMENT, apply_rules, select
-from .statistics import fold_statistics
+from .statistics import finish_statistics, fold_statistics
 from .tokens import count_kept, normalizer, read_tokens
 
 __all__ = [
-    "LONGEST_SEGMENT", "apply_rules", "count_kept", "fold_statistics", "loss_and_coefficients", "min_p_logprobs",
-    "normalizer", "prefers_one_launch", "read_tokens", "scale", "select", "write_gradient",
-    "write_statistics_and_gradient",
+    "LONGEST_SEGMENT", "apply_rules", "count_kept", "finish_min_p", "finish_statistics", "fold_statistics",
+    "loss_and_coefficients", "min_p_logprobs", "min_p_part", "normalizer", "prefers_one_launch", "read_tokens",
+    "row_maxima", "scale", "select", "write_gradient", "write_statistics_and_gradient",
 ]  # fmt: skip

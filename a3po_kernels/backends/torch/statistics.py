@@ -79,16 +79,35 @@ def fold_statistics(
     """Folds a tile of a vocabulary into the statistics of its rows; see backends.triton.statistics."""
     dtype = results[0].dtype
     active = targets != transform.ignore_index
-    k = row_scale(slice(None), transform, dtype)
-    k = k if isinstance(k, float) or k.ndim == 0 else k.squeeze(-1)
     merged = _tile_statistics(logits, targets - first_column, active, transform, dtype)
     if not first:
-        merged = merge_statistics(state, merged, k)
+        merged = merge_statistics(state, merged, _scale_per_row(transform, dtype))
     if not last:
         state.copy_(merged)
         return
+    _store(merged, targets, transform, results)
+
+
+def finish_statistics(states, targets, transform: Transform, results) -> None:
+    """Merges the states [parts, 4, N] of the parts of a vocabulary, in their order, and writes the rows' results."""
+    k = _scale_per_row(transform, results[0].dtype)
+    merged = states[0]
+    for part in states[1:]:
+        merged = merge_statistics(merged, part, k)
+    _store(merged, targets, transform, results)
+
+
+def _scale_per_row(transform: Transform, dtype: torch.dtype) -> torch.Tensor | float:
+    k = row_scale(slice(None), transform, dtype)
+    return k if isinstance(k, float) or k.ndim == 0 else k.squeeze(-1)
+
+
+def _store(merged: torch.Tensor, targets, transform: Transform, results) -> None:
+    """Writes (logp, entropy, shift, log2 sum) of merged states [4, N]."""
+    active = targets != transform.ignore_index
     shift, total, dot, target = merged
     # A row left out has no statistics.
-    logp, entropy, log_sum = row_results(shift, torch.where(active, total, 1.0), dot, target, k)
+    total = torch.where(active, total, 1.0)
+    logp, entropy, log_sum = row_results(shift, total, dot, target, _scale_per_row(transform, shift.dtype))
     for result, values in zip(results, (logp, entropy, shift, log_sum), strict=True):
         result.copy_(torch.where(active, values, 0.0))

@@ -33,10 +33,12 @@ _LANES_PER_THREAD = 2
 _LONG_ROW, _SHORT_ROW = 128 << 10, 16 << 10
 _UNROLL = {1024: 1, 512: 2, 128: 2}
 _REGISTERS = {1024: 40, 512: 48, 128: 64}
+MERGED_ROWS = 128
 # Run-time values of a step: none of them may make a new kernel.
 RUN_TIME = [
     "n_rows", "rows_per_batch", "batch_stride", "row_stride", "out_batch_stride", "out_row_stride",
     "temperature_stride", "ignore_index", "first_column", "state_stride", "grad_logp_stride", "grad_entropy_stride",
+    "n_parts",
 ]  # fmt: skip
 
 
@@ -214,6 +216,50 @@ def fold_statistics(
             HAS_SOFTCAP=bool(transform.softcap), LOADS=loads, EVEN=is_even(logits), LANES=lanes,
             UNROLL=_UNROLL[lanes], FIRST=first, LAST=last, COMPUTE=triton_dtype(logits.dtype),
             num_warps=warps_of(lanes), **VOCABULARY_OPTIONS, **registers(most),
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def merge_parts_kernel(
+    states_ptr, targets_ptr, temperature_ptr, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, n_rows, n_parts,
+    temperature_stride: tl.int64, ignore_index: tl.int64, exponent_scale: tl.float64,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Merges the states [parts, 4, rows] of a vocabulary's parts, in their order. Grid (blocks of rows,)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < n_rows
+    target = tl.load(targets_ptr + row, mask=here, other=ignore_index).to(tl.int64)
+    active = here & (target != ignore_index)
+    k = tl.full((BLOCK,), exponent_scale, COMPUTE)
+    if temperature_ptr is not None:
+        k = k / tl.load(temperature_ptr + row * temperature_stride, mask=active, other=1.0).to(COMPUTE)
+    stride = n_rows.to(tl.int64)
+    shift = tl.full((BLOCK,), LOWEST, COMPUTE)
+    total = tl.zeros((BLOCK,), COMPUTE)
+    dot = tl.zeros((BLOCK,), COMPUTE)
+    target_u = tl.full((BLOCK,), float("nan"), COMPUTE)
+    for part in range(n_parts):
+        state = states_ptr + part * 4 * stride + row
+        shift, total, dot = merge_statistics(
+            shift, total, dot, tl.load(state, mask=active, other=LOWEST),
+            tl.load(state + stride, mask=active, other=0.0), tl.load(state + 2 * stride, mask=active, other=0.0),
+        )  # fmt: skip
+        found = tl.load(state + 3 * stride, mask=active, other=float("nan"))
+        target_u = tl.where(target_u == target_u, target_u, found)
+    logp, entropy, log_sum = row_results(shift, total, dot, target_u, k)
+    tl.store(logp_ptr + row, tl.where(active, logp, 0.0), mask=here)
+    tl.store(entropy_ptr + row, tl.where(active, entropy, 0.0), mask=here)
+    tl.store(shift_ptr + row, tl.where(active, shift, 0.0), mask=here)
+    tl.store(log_sum_ptr + row, tl.where(active, log_sum, 0.0), mask=here)
+
+
+def finish_statistics(states: Tensor, targets: Tensor, transform: Transform, results: tuple[Tensor, ...]) -> None:
+    """Merges the states [parts, 4, N] of the parts of a vocabulary, in their order, and writes the rows' results."""
+    with device_guard(targets):
+        merge_parts_kernel[(triton.cdiv(targets.numel(), MERGED_ROWS),)](
+            states, targets, transform.temperature, *results, targets.numel(), states.shape[0],
+            transform.temperature_stride, transform.ignore_index, transform.exponent_scale,
+            BLOCK=MERGED_ROWS, COMPUTE=triton_dtype(states.dtype), num_warps=4, **VOCABULARY_OPTIONS,
         )  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""Runs a function on several gloo processes, once for many cases, and gives what each rank returned."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 60
+
+
+def _main(rank: int, ranks: int, folder: str, work: Callable, arguments: tuple, timeout: float) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
+    try:
+        torch.save(work(*arguments), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(ranks: int, work: Callable, *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """[work(*arguments) of each rank]; an exception of one is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_main, args=(ranks, folder, work, arguments, timeout), nprocs=ranks)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

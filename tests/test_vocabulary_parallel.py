@@ -1,0 +1,142 @@
+"""A vocabulary split over 2 and 4 gloo processes equals one process, and every rank has the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.batches import NEW_PRESETS, PRESETS
+from tests.ranks import on_ranks
+from tests.split_heads import V, Case, bounds, rows_of, run_case, run_cases, same_bits
+
+ROUTES = ("one-pass", "recompute")
+BATCH_UNIT = ("fork_tokens", "lp_reg", "kl_cov", "clip_cov")
+UNEVEN = {2: ((5, 32), (37, 0), (0, 37)), 4: ((1, 20, 0, 16), (0, 0, 37, 0))}
+SHARED = ("loss", "logprobs", "entropy", "weights", "metrics", "d_a")
+
+
+def _cases(ranks: int) -> list[Case]:
+    uneven, empty, *_ = UNEVEN[ranks]
+    chunks = {"max_chunk_bytes": 8 * V * 7}  # 7 rows of an even head
+    made = []
+    for name in (*PRESETS, *NEW_PRESETS):
+        for route in ROUTES:
+            size = {} if name in BATCH_UNIT and route == "one-pass" else {"max_chunk_bytes": 8 * V * 14}
+            made.append(Case(f"{name} {route}", name, packed=route == "recompute", options={"route": route, **size}))
+        made.append(Case(f"{name} logits", name, "policy_loss", sizes=uneven, packed=name in PRESETS[::2]))
+    for sizes in UNEVEN[ranks]:
+        made += [
+            Case(f"{sizes} one-pass", "dapo", sizes=sizes, options={"route": "one-pass", **chunks}),
+            Case(f"{sizes} recompute", "gspo", sizes=sizes, options={"route": "recompute", **chunks}, told=False),
+            Case(f"{sizes} logits", "a3po", "policy_loss", sizes=sizes, told=False),
+            Case(f"{sizes} min-p", call="min_p_token_logprobs", sizes=sizes, options={"softcap": 4.0}),
+        ]
+    every = ("bias", "lora", "temperature")
+    for layout in ("replicated", "sequence_sharded"):
+        for route in ROUTES:
+            options = {"route": route, "softcap": 5.0, "logit_scale": 0.7, **chunks}
+            kind = {"layout": layout, "options": options, "sizes": uneven, "padding": 3}
+            made += [
+                Case(f"{layout} {route} all", "a3po", extras=every, **kind),
+                Case(f"{layout} {route} packed", "dapo", extras=("bias",), packed=True, **kind),
+                Case(f"{layout} {route} frozen", "grpo", extras=("frozen",), **kind),
+                Case(f"{layout} {route} plan", "psr", extras=("plan",), **kind),
+                Case(f"{layout} {route} on-policy", "lp_reg", extras=("on_policy",), layout=layout, sizes=uneven,
+                     options={"route": route}),
+            ]  # fmt: skip
+        made.append(Case(f"{layout} log-probs", call="linear_token_logprobs", layout=layout, extras=every))
+        made.append(Case(f"{layout} min-p", call="linear_min_p_token_logprobs", layout=layout, sizes=empty))
+    for route in ROUTES:
+        for reduction in ("reduce_scatter", "partial"):
+            options = {"route": route, "grad_hidden": reduction, **chunks}
+            made.append(Case(f"{route} {reduction}", "dapo", options=options))
+            made.append(Case(f"{route} {reduction} lora", "nsr", options=options, extras=("lora",), packed=True))
+    made += [
+        Case("main_grad", "dapo", extras=("main_grad",), dtype=torch.float32, options=chunks),
+        Case("bf16", "dapo", dtype=torch.bfloat16, options={"route": "one-pass", **chunks}),
+        Case("fp16", "grpo", dtype=torch.float16, options={"route": "one-pass", **chunks}),
+        Case("log-probs of logits", call="token_logprobs", sizes=uneven, padding=2, extras=("temperature",)),
+        Case("in place", call="token_logprobs", options={"inplace_backward": True}),
+        Case("active rows", "psr", options={"statistics": "active", "compaction": "exact"}),
+        Case("every row", "psr", options={"compaction": "none", "route": "one-pass"}),
+    ]
+    assert len({case.name for case in made}) == len(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def results():
+    found = {}
+
+    def of(ranks: int):
+        if ranks not in found:
+            cases = _cases(ranks)
+            each = on_ranks(ranks, run_cases, cases)
+            found[ranks] = {case.name: [rank[i] for rank in each] for i, case in enumerate(cases)}
+        return found[ranks]
+
+    return of
+
+
+def joined(case: Case, name: str, parts: list, ranks: int) -> torch.Tensor:
+    """The whole of what each rank has a part of."""
+    if name == "d_hidden":
+        if case.layout == "sequence_sharded":
+            return torch.cat(parts, -2)
+        if case.reduction == "all_reduce":
+            return parts[0]
+        if case.reduction == "reduce_scatter":
+            length = parts[0].shape[-2]
+            for rank, part in enumerate(parts):
+                mine = rows_of(case, length, rank, ranks)
+                assert not part[..., : mine.start, :].any() and not part[..., mine.stop :, :].any()
+        return torch.stack(parts).double().sum(0)
+    if name in ("d_weight", "d_bias", "d_b", "main_grad", "d_logits"):
+        dim = -1 if name == "d_logits" else 0
+        pieces = []
+        for part, (first, stop) in zip(parts, bounds(case, ranks), strict=True):
+            pieces.append(part.narrow(dim, 0, stop - first))
+            rest = part.narrow(dim, stop - first, part.shape[dim] - (stop - first))
+            assert (rest == (1.0 if name == "main_grad" else 0.0)).all()  # padding has no gradient
+        return torch.cat(pieces, dim)
+    return parts[0]
+
+
+def check(case: Case, parts: list, ranks: int) -> None:
+    for part in parts:
+        assert not isinstance(part, str), part
+        assert part["twice"], "another run gives other bits"
+    whole = run_case(case)
+    assert set(whole) == set(parts[0]) - {"twice"}
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[case.dtype]
+    for name, expected in whole.items():
+        each = [part[name] for part in parts]
+        if name in SHARED or (name == "d_hidden" and case.layout == "replicated" and case.reduction == "all_reduce"):
+            assert all(same_bits(each[0], other) for other in each[1:]), f"{name} differs between the ranks"
+        if name == "metrics":
+            for key, value in expected.items():
+                torch.testing.assert_close(each[0][key], value, rtol=tolerance, atol=tolerance, msg=key)
+        elif isinstance(expected, torch.Tensor):
+            got = joined(case, name, each, ranks).to(expected.dtype)
+            size = max(expected.abs().max().item(), 1e-3) if expected.isfinite().all() and expected.numel() else 1.0
+            torch.testing.assert_close(
+                got, expected, rtol=tolerance, atol=tolerance * size, msg=lambda m, name=name: f"{name}: {m}"
+            )
+        elif expected is None:
+            assert all(x is None for x in each), name
+        elif name == "route" and case.call == "policy_loss":
+            assert each[0] == "two-stage"
+        else:
+            assert each == [expected] * ranks, name
+
+
+@pytest.mark.parametrize("name", [case.name for case in _cases(2)])
+def test_two_ranks_equal_one(results, name):
+    case = next(case for case in _cases(2) if case.name == name)
+    check(case, results(2)[name], 2)
+
+
+@pytest.mark.parametrize("name", [case.name for case in _cases(4)])
+def test_four_ranks_equal_one(results, name):
+    case = next(case for case in _cases(4) if case.name == name)
+    check(case, results(4)[name], 4)
