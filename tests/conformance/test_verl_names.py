@@ -42,7 +42,7 @@ def test_advantage_estimators():
 
 
 def test_rejection_options():
-    assert chosen("rollout_rs") and not chosen("rollout_rs") - rollout_corr_helper.SUPPORTED_ROLLOUT_RS_OPTIONS
+    assert chosen("rollout_rs") == rollout_corr_helper.SUPPORTED_ROLLOUT_RS_OPTIONS
 
 
 def test_aggregations_kl_terms_and_weights():
