@@ -13,6 +13,8 @@ import reference
 from a3po_kernels import dapo, grpo, logprob_policy_loss, rollout_correction
 
 LEVELS, MODES = ("token", "sequence", "geometric"), ("truncate", "mask", "icepop")
+CHOICES = [(level, mode, "k1") for level in LEVELS for mode in MODES]
+CHOICES += [(level, "mask", estimator) for level in (*LEVELS, "max") for estimator in ("k2", "k3")]
 # Sums of under a hundred fp64 numbers below 1e3 in another order; chi2 of e^40 loses 16 digits like everything.
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -40,6 +42,19 @@ def ends(lengths):
 
 def numbers(metrics):
     return {name: value.item() for name, value in metrics.items()}
+
+
+def choice(level, mode, estimator, low, high):
+    """The options of one of CHOICES: with k2 and k3 the two ratios' larger estimate of a token is the bound.
+
+    Of three times the log-ratio where a whole rollout must stay below it: else hardly one does.
+    """
+    options = {"level": level, "mode": mode, "estimator": estimator, "low": low, "high": high}
+    if estimator == "k1":
+        return options
+    x = max(abs(math.log(bound)) for bound in (low, high) if bound is not None)
+    x *= 3 if level in ("sequence", "max") else 1
+    return options | {"low": None, "high": x * x / 2 if estimator == "k2" else math.expm1(x) - x}
 
 
 def test_by_hand():
@@ -86,23 +101,48 @@ def test_by_hand():
         "kl": log / 5, "logp_difference_mean": 7 * log / 5, "logp_difference_max": 3 * log,
         "k3_kl": (7.625 - 5 + log) / 5, "chi2_token": (0.25 + 4 + 16 + 1 / 64 + 1) / 5 - 1,
         "chi2_seq": (16 + 1 / 64) / 2 - 1, "batch_norm_factor": 1.0,
-        "ratio_std": math.sqrt((0.25 + 4 + 16 + 1 / 64 + 1) / 5 - 1.525**2),
+        "ratio_std": math.sqrt((0.25 + 4 + 16 + 1 / 64 + 1) / 5 - 1.525**2), "estimate_mean": log / 5,
+        "estimate_max": 3 * log,
     }  # fmt: skip
     assert metrics == pytest.approx(hand, rel=1e-12)
 
 
+def test_estimators_by_hand():
+    """Log-ratios 1, -2 and 3, 0: k2 is 1/2, 2 and 9/2, 0; k3 is e - 2, e^-2 + 1 and e^3 - 4, 0. Inclusive bounds."""
+    trainer = torch.tensor([[1.0, -2.0], [3.0, 0.0]], dtype=torch.float64)
+    rollout, e = torch.zeros_like(trainer), math.e
+    k2, k3 = [[0.5, 2.0], [4.5, 0.0]], [[e - 2, e**-2 + 1], [e**3 - 4, 0.0]]
+    for estimator, each in (("k2", k2), ("k3", k3)):
+        for level, unit in (
+            ("token", each), ("sequence", [[sum(row)] * 2 for row in each]), ("max", [[max(row)] * 2 for row in each]),
+            ("geometric", [[sum(row) / 2] * 2 for row in each]),
+        ):  # fmt: skip
+            for high in (0.5, 0.75, 2.0, 2.3, 2.6, 5.0, 17.0):
+                found = rollout_correction(
+                    trainer, rollout, level=level, mode="mask", estimator=estimator, high=high, veto=1e-9
+                )
+                keep = [[value <= high for value in row] for row in unit]
+                assert found.keep.tolist() == keep, (estimator, level, high)
+                ratio = {"sequence": trainer.sum(1, True), "geometric": trainer.mean(1, True)}.get(level, trainer)
+                expected = ratio.exp().expand(2, 2) * torch.tensor(keep)
+                assert torch.allclose(found.weights, expected, rtol=1e-14, atol=0)
+                flat = [value for row in unit for value in row]
+                shares = {
+                    "estimate_mean": sum(flat) / 4, "estimate_max": max(flat), "fraction_low": 0.0,
+                    "fraction_high": sum(value > high for value in flat) / 4,
+                }  # fmt: skip
+                assert {name: found.metrics[name].item() for name in shares} == pytest.approx(shares, rel=1e-14)
+
+
 @pytest.mark.parametrize("scale", [0.4, 15.0])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("level", LEVELS)
-def test_reference(level, mode, scale):
+@pytest.mark.parametrize("level, mode, estimator", CHOICES)
+def test_reference(level, mode, estimator, scale):
     """Every bound, veto and normalisation; with the scale of 15, exponents beyond the clamp."""
-    rejected = 0
+    rejected = rollouts = 0
     bounds = [(None, 1.3), (0.8, None), (0.7, 1.4), (0.999, 1.001)]
     for seed, (low, high), veto, normal in itertools.product(range(2), bounds, (None, 0.5), (False, True)):
         trainer, rollout, mask, _ = batch(seed, scale=scale)
-        options = {
-            "level": level, "mode": mode, "low": low, "high": high, "veto": veto, "batch_normalize": normal,
-        }  # fmt: skip
+        options = choice(level, mode, estimator, low, high) | {"veto": veto, "batch_normalize": normal}
         got = rollout_correction(trainer, rollout, mask, **options)
         weights, keep, metrics = reference.rollout_correction(trainer, rollout, mask, **options)
         assert torch.allclose(got.weights, weights, **CLOSE) and torch.equal(got.keep, keep), options
@@ -110,15 +150,19 @@ def test_reference(level, mode, scale):
         assert numbers(got.metrics) == pytest.approx(metrics, rel=1e-11, abs=1e-12), options
         assert not got.weights[~keep].any() and not got.weights.requires_grad
         rejected += int((mask & ~keep).sum())
+        rollouts = max(rollouts, int(keep.any(1).sum()))
     assert rejected, "nothing was rejected: the batch tests too little"
+    assert rollouts > 1 or scale > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", (*LEVELS, "max"))
 def test_packed_is_padded(level, dtype):
-    for mode in MODES:
+    for chosen in CHOICES:
+        if chosen[0] != level:
+            continue
         trainer, rollout, mask, lengths = batch(3, dtype=dtype)
-        options = {"level": level, "mode": mode, "low": 0.7, "high": 1.3, "veto": 0.3, "batch_normalize": True}
+        options = choice(*chosen, 0.7, 1.3) | {"veto": 0.3, "batch_normalize": True}
         padded = rollout_correction(trainer, rollout, mask.int(), **options)
         packed = rollout_correction(
             pack(trainer, lengths), pack(rollout, lengths), pack(mask, lengths), cu_seqlens=ends(lengths), **options
@@ -144,11 +188,10 @@ def test_strides_and_gradients(level):
     assert not any(value.requires_grad or value.ndim for value in odd.metrics.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("level", LEVELS)
-def test_nothing(level, mode):
+@pytest.mark.parametrize("level, mode, estimator", CHOICES)
+def test_nothing(level, mode, estimator):
     """No rollout, no row, no token: empty or zero weights and metrics of 0."""
-    options = {"level": level, "mode": mode, "low": 0.5, "veto": 0.1, "batch_normalize": True}
+    options = choice(level, mode, estimator, 0.5, 2.0) | {"veto": 0.1, "batch_normalize": True}
     nan = torch.full((2, 3), math.nan)
     cases = [
         (torch.zeros(0), torch.zeros(0), None, torch.tensor([0])),
@@ -163,9 +206,8 @@ def test_nothing(level, mode):
         assert numbers(metrics) == {name: float(name == "batch_norm_factor") for name in metrics}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("level", LEVELS)
-def test_nan_at_a_token_is_not_quiet(level, mode):
+@pytest.mark.parametrize("level, mode, estimator", CHOICES)
+def test_nan_at_a_token_is_not_quiet(level, mode, estimator):
     """Its weight, or its rollout's, is NaN, whatever bound or veto would reject its rollout; the mean and kl too."""
     trainer, rollout, mask, _ = batch(7)
     mask[0] = True
@@ -174,11 +216,12 @@ def test_nan_at_a_token_is_not_quiet(level, mode):
     for broken in (trainer, rollout):
         given = [x.clone() for x in (trainer, rollout)]
         given[0 if broken is trainer else 1][0, 4] = math.nan
-        options = {"level": level, "mode": mode, "low": 0.9, "high": 1.1, "veto": 0.1}
+        options = choice(level, mode, estimator, 0.9, 1.1) | {"veto": 0.1}
         found = rollout_correction(*given, mask, **options)
         assert found.weights[0, 4].isnan() and found.keep[0, 4]
         assert found.metrics["weight_mean"].isnan() and found.metrics["kl"].isnan() and found.metrics["k3_kl"].isnan()
         assert found.metrics["eff_sample_size"].isnan() and found.metrics["weight_max"].isnan()
+        assert found.metrics["estimate_mean"].isnan() and found.metrics["estimate_max"].isnan()
         others = rollout_correction(trainer, rollout, mask, **options)
         assert torch.equal(found.weights[1:], others.weights[1:])
         assert rollout_correction(*given, mask, batch_normalize=True, **options).weights[mask].isnan().all()
@@ -197,6 +240,14 @@ def test_infinite_log_probs():
     assert rollout_correction(rollout, trainer, high=1e9).weights.tolist() == [[math.exp(20.0), 1.0]]
     found = rollout_correction(trainer, rollout, veto=1e-4)
     assert not found.keep.any() and not found.weights.any() and found.metrics["vetoed"] == 1.0
+    for given, k3 in (((trainer, rollout), math.exp(-20) + 19), ((rollout, trainer), math.exp(20) - 21)):
+        for estimator, most in (("k2", 200.0), ("k3", k3)):
+            for level, share in (("token", 1.0), ("sequence", 1.0), ("max", 1.0), ("geometric", 0.5)):
+                options = {"level": level, "mode": "mask", "estimator": estimator}
+                for high, kept in ((most * share * (1 + 1e-12), True), (most * share * (1 - 1e-12), False)):
+                    found = rollout_correction(*given, high=high, **options)
+                    assert found.keep.tolist() == [[kept, kept or level == "token"]], (options, high)
+                    assert found.metrics["estimate_max"].item() == pytest.approx(most * share, rel=1e-14)
 
 
 def test_in_a_loss():
@@ -219,19 +270,20 @@ def test_no_host_reads():
     with pytest.raises(AssertionError), NoHostReads():
         mask.any().item()
     cu_seqlens = ends(lengths)
-    for level, mode in itertools.product(LEVELS, MODES):
+    for chosen in CHOICES:
+        options = choice(*chosen, 0.5, 2.0)
         with NoHostReads():
-            rollout_correction(trainer, rollout, mask, level=level, mode=mode, veto=0.1, batch_normalize=True)
-            rollout_correction(trainer.flatten(), rollout.flatten(), cu_seqlens=cu_seqlens, level=level, mode=mode)
+            rollout_correction(trainer, rollout, mask, veto=0.1, batch_normalize=True, **options)
+            rollout_correction(trainer.flatten(), rollout.flatten(), cu_seqlens=cu_seqlens, **options)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("level", LEVELS)
-def test_no_synchronisation(level):
+@pytest.mark.parametrize("level, mode, estimator", [chosen for chosen in CHOICES if chosen[1] == "mask"])
+def test_no_synchronisation(level, mode, estimator):
     """On a GPU: no wait, the CPU's numbers, the same bits again, and in a captured graph."""
     trainer, rollout, mask, _ = batch(2, rollouts=40, length=700, dtype=torch.float32)
     given = [x.cuda() for x in (trainer, rollout, mask)]
-    options = {"level": level, "mode": "mask", "low": 0.5, "veto": 0.1, "batch_normalize": True}
+    options = choice(level, mode, estimator, 0.5, 2.0) | {"veto": 0.1, "batch_normalize": True}
     first = rollout_correction(*given, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -251,12 +303,20 @@ def test_no_synchronisation(level):
 
 
 GOOD = torch.zeros(2, 3)
+K3 = {"mode": "mask", "estimator": "k3"}
 
 
 @pytest.mark.parametrize(
     "given, error, words",
     [
-        ({"level": "rollout"}, ValueError, "level must be one of token, sequence, geometric; got 'rollout'"),
+        ({"level": "rollout"}, ValueError, "level must be one of token, sequence, geometric, max; got 'rollout'"),
+        ({"estimator": "k4"}, ValueError, "estimator must be one of k1, k2, k3; got 'k4'"),
+        ({"level": "max", "mode": "mask"}, ValueError, "level 'max' is of the estimators k2 and k3; got"),
+        ({"estimator": "k2"}, ValueError, "estimator 'k2' decides what to reject: mode must be 'mask'; got 'truncate'"),
+        ({"estimator": "k3", "mode": "icepop"}, ValueError, "mode must be 'mask'; got 'icepop'"),
+        ({**K3, "low": 0.0}, ValueError, "low must be None with estimator 'k3', which is never below 0; got 0.0"),
+        ({**K3, "high": None}, ValueError, "high must be a number with estimator 'k3'; got None"),
+        ({**K3, "high": 0.0}, ValueError, "high must be positive and finite; got 0.0"),
         ({"mode": "clip"}, ValueError, "mode must be one of truncate, mask, icepop; got 'clip'"),
         ({"high": None}, ValueError, "low must be above 0 where high is None"),
         ({"high": None, "low": 0.0}, ValueError, "low must be above 0 where high is None"),
@@ -293,13 +353,14 @@ def test_wrong_offsets():
             rollout_correction(flat, flat, cu_seqlens=torch.tensor(bad))
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_compiled(level):
+@pytest.mark.parametrize("level, estimator", [*itertools.product(LEVELS, ["k1"]), ("max", "k3"), ("sequence", "k2")])
+def test_compiled(level, estimator):
     """torch.compile(fullgraph=True): the same bits."""
     trainer, rollout, mask, _ = batch(4, dtype=torch.float32)
 
     def call(trainer, rollout, mask):
-        return rollout_correction(trainer, rollout, mask, level=level, mode="mask", veto=0.3, batch_normalize=True)
+        options = {"level": level, "mode": "mask", "estimator": estimator}
+        return rollout_correction(trainer, rollout, mask, high=1.5, veto=0.3, batch_normalize=True, **options)
 
     torch._dynamo.reset()
     plain = call(trainer, rollout, mask)
@@ -313,6 +374,6 @@ def test_wrong_offsets_unread(bad):
     """Where cu_seqlens are not read, as on a GPU, wrong ends give some result and index nothing out of bounds."""
     flat = torch.zeros(4)
     with NoHostReads():
-        for level in LEVELS:
-            found = rollout_correction(flat, flat, cu_seqlens=torch.tensor(bad), level=level, veto=0.5)
+        for chosen in CHOICES:
+            found = rollout_correction(flat, flat, cu_seqlens=torch.tensor(bad), veto=0.5, **choice(*chosen, 0.5, 2.0))
             assert found.weights.shape == (4,)

@@ -11,6 +11,11 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0.0)
 
 
+def segment_max(values: Tensor, offsets: Tensor) -> Tensor:
+    """[S] maxima of values [N] over the segments of offsets [S + 1], NaN if one is; -inf of an empty one."""
+    return torch.segment_reduce(values, "max", offsets=offsets, unsafe=True, initial=-torch.inf)
+
+
 def whole_sum(values: Tensor) -> Tensor:
     """[]: the sum of values [N] in that fixed order; 0 of nothing."""
     count = values.shape[0]

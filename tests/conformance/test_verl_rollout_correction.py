@@ -1,7 +1,7 @@
 """rollout_correction beside verl 0.9.1's rollout_corr_helper: weights, rejection masks and metrics by verl's names.
 
-Where they differ by design a test states it: k1 bounds the inverse ratio, its clamp is per token, k3 has none, rows
-without a token count in means over rollouts, NaN where no token is.
+Where they differ by design a test states it: k1 bounds the inverse ratio, its clamp is per token, the metric k3_kl has
+none, rows without a token count in means over rollouts, NaN where no token is.
 """
 
 from __future__ import annotations
@@ -102,6 +102,101 @@ def test_rejection(option, level, low, high):
             assert 1 - found.metrics[ours].item() == pytest.approx(metrics[name], abs=CLOSE), name
         rejected += int((mask & ~kept).sum())
     assert rejected or (low, high, level) == (0.5, 2.0, "geometric")
+
+
+# verl's options and ours, with a bound that some of the batch's tokens or rollouts pass and others do not.
+OPTIONS = {
+    f"{theirs}_{estimator}": (level, estimator, bounds)
+    for theirs, level, bounds in (
+        ("token", "token", (0.01, 0.1)), ("seq_sum", "sequence", (0.1, 0.4)), ("seq_mean", "geometric", (0.03, 0.06)),
+        ("seq_max", "max", (0.05, 0.3)),
+    )
+    for estimator in ("k2", "k3")
+}  # fmt: skip
+K1 = {"token_k1": "token", "seq_sum_k1": "sequence", "seq_mean_k1": "geometric"}
+
+
+def test_every_option_of_verl_is_here():
+    assert set(OPTIONS) | set(K1) == helper.SUPPORTED_ROLLOUT_RS_OPTIONS
+
+
+def names_of(option, level):
+    """Of what the bound meets, by verl's names."""
+    unit = "" if level == "token" else "_seq"
+    return {
+        f"rollout_rs_{option}{unit}_mean": "estimate_mean", f"rollout_rs_{option}{unit}_max": "estimate_max",
+        f"rollout_rs_{option}_fraction_high": "fraction_high", f"rollout_rs_{option}_fraction_low": "fraction_low",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_rejection_by_k2_and_k3(option, which):
+    """The same tokens, the same metrics, weights w of what is kept."""
+    level, estimator, bounds = OPTIONS[option]
+    rejected = kept_tokens = 0
+    for seed in range(3):
+        old, sampled, mask = batch(seed)
+        _, kept, metrics = theirs(old, sampled, mask, rollout_rs=option, rollout_rs_threshold=bounds[which])
+        options = {"level": level, "mode": "mask", "estimator": estimator, "high": bounds[which]}
+        found = rollout_correction(old, sampled, mask, **options)
+        assert torch.equal(found.keep, kept)
+        same(found, metrics, names_of(option, level))
+        for name, ours in (
+            ("rollout_rs_masked_fraction", "kept"), ("rollout_rs_seq_masked_fraction", "rollouts_kept"),
+        ):  # fmt: skip
+            assert 1 - found.metrics[ours].item() == pytest.approx(metrics[name], abs=CLOSE), name
+        if level in ("token", "sequence"):
+            weights, _, _ = theirs(old, sampled, mask, rollout_is=level, rollout_is_threshold=1e9)
+            assert torch.allclose(found.weights, weights * kept, rtol=CLOSE, atol=0)
+        rejected += int((mask & ~kept).sum())
+        kept_tokens += int(kept.sum())
+    assert rejected and kept_tokens
+
+
+@pytest.mark.parametrize("option", K1)
+def test_the_estimate_of_k1(option):
+    old, sampled, mask = batch(1)
+    _, _, metrics = theirs(old, sampled, mask, rollout_rs=option, rollout_rs_threshold="0.8_1.1")
+    found = rollout_correction(old, sampled, mask, level=K1[option], mode="mask", low=1 / 1.1, high=1 / 0.8)
+    names = names_of(option, K1[option])
+    # verl's are of the inverse ratio: its high is our low.
+    high, low = (name for name in names if "fraction" in name)
+    same(found, metrics, {**names, high: "fraction_low", low: "fraction_high"})
+    assert found.metrics["fraction_low"] > 0 or found.metrics["fraction_high"] > 0
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_k2_and_k3_beyond_the_clamp(option):
+    """Both clamp a token's log-ratio before they sum: k2 is 200 at most, k3 e^20 - 21 and e^-20 + 19."""
+    level, estimator, _ = OPTIONS[option]
+    old, sampled, mask = batch(4, scale=0.0)
+    mask[:3] = True
+    for row, gap in ((0, 30.0), (1, -30.0), (2, 25.0)):
+        sampled[row, 1] = old[row, 1] - gap
+    sampled[2, 4] = old[2, 4] + math.inf
+    for high in (1.0, 15.0, 19.5, 30.0, 150.0, 300.0, 1e7, 6e7, 1e9):
+        _, kept, metrics = theirs(old, sampled, mask, rollout_rs=option, rollout_rs_threshold=high)
+        found = rollout_correction(old, sampled, mask, level=level, mode="mask", estimator=estimator, high=high)
+        assert torch.equal(found.keep, kept), high
+        name = next(name for name, ours in names_of(option, level).items() if ours == "estimate_max")
+        assert found.metrics["estimate_max"].item() == pytest.approx(metrics[name], rel=CLOSE)
+
+
+def test_several_options_are_several_calls():
+    old, sampled, mask = batch(2)
+    _, kept, _ = theirs(
+        old, sampled, mask, rollout_rs="token_k3,seq_max_k2,seq_mean_k1", rollout_rs_threshold="0.05,0.3,0.9_1.1"
+    )
+    keep = mask
+    for options in (
+        {"estimator": "k3", "high": 0.05}, {"level": "max", "estimator": "k2", "high": 0.3},
+        {"level": "geometric", "low": 1 / 1.1, "high": 1 / 0.9},
+    ):  # fmt: skip
+        one = rollout_correction(old, sampled, mask, mode="mask", **options).keep
+        assert not torch.equal(one, kept)
+        keep = keep & one
+    assert torch.equal(keep, kept) and keep.any()
 
 
 def test_bounds_of_k1_are_of_the_inverse():
