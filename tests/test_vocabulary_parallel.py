@@ -7,7 +7,7 @@ import torch
 
 from tests.batches import NEW_PRESETS, PRESETS
 from tests.ranks import on_ranks
-from tests.split_heads import V, Case, bounds, rows_of, run_case, run_cases, same_bits
+from tests.split_heads import Case, V, bounds, rows_of, run_case, run_cases, same_bits
 
 ROUTES = ("one-pass", "recompute")
 BATCH_UNIT = ("fork_tokens", "lp_reg", "kl_cov", "clip_cov")
