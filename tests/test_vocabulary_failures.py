@@ -17,6 +17,7 @@ from split_heads import Case, H, V, run_case, same_bits
 
 import a3po_kernels
 from a3po_kernels import CustomSurrogate, Objective
+from a3po_kernels.parallel import vocabulary
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="natively")
 N, LOCAL = 12, 8
@@ -223,29 +224,30 @@ def test_a_rank_that_dies_makes_the_other_raise():
             assert file.read().startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
 
 
-GATHER, REDUCE, SCATTER = "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor"
-KINDS = (GATHER, REDUCE, SCATTER, "all_gather", "all_gather_object", "broadcast")
+# (module, name): vocabulary's own names for what PyTorch renamed.
+GATHER, REDUCE, SCATTER = "all_gather_single", "all_reduce", "reduce_scatter_single"
+KINDS = (
+    (vocabulary, GATHER), (dist, REDUCE), (vocabulary, SCATTER), (dist, "all_gather"), (dist, "all_gather_object"),
+    (dist, "broadcast"),
+)  # fmt: skip
 
 
 def _counted(work) -> list[tuple[str, int]]:
     """(kind, bytes of this rank's tensor) of every collective that `work` starts."""
-    seen, kept = [], {kind: getattr(dist, kind) for kind in KINDS}
+    seen = []
 
-    def counting(kind):
+    def counting(kind, function):
         def call(*given, **keywords):
             sent = given[0] if kind in ("all_reduce", "broadcast") else given[1]
             seen.append((kind, sent.numel() * sent.element_size()))
-            return kept[kind](*given, **keywords)
+            return function(*given, **keywords)
 
         return call
 
-    for kind in KINDS:
-        setattr(dist, kind, counting(kind))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for module, kind in KINDS:
+            patch.setattr(module, kind, counting(kind, getattr(module, kind)))
         work()
-    finally:
-        for kind, function in kept.items():
-            setattr(dist, kind, function)
     return seen
 
 

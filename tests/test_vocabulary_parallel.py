@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from batches import INTERPRETED, NEW_PRESETS, PRESETS
 from ranks import on_ranks
 from split_heads import Case, V, bounds, rows_of, run_case, run_cases, same_bits
+
+import a3po_kernels
 
 ROUTES = ("one-pass", "recompute")
 BATCH_UNIT = ("fork_tokens", "lp_reg", "kl_cov", "clip_cov")
@@ -139,6 +142,27 @@ def case_of(name: str, ranks: int) -> Case:
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, case.name) for ranks in (2, 4) for case in _cases(ranks)])
 def test_split_equals_whole(results, ranks, name):
     check(case_of(name, ranks), results(ranks)[name], ranks)
+
+
+def compiled() -> list:
+    """A whole graph, collectives in it, beside the call as it is."""
+    rank, found = dist.get_rank(), []
+    for name in ("a3po recompute", "sequence_sharded recompute all", "log-probs of logits"):
+        plain = run_case(case_of(name, 2), rank, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            for call in ("linear_policy_loss", "token_logprobs"):
+                whole = torch.compile(getattr(a3po_kernels, call), fullgraph=True, backend="aot_eager")
+                patch.setattr(a3po_kernels, call, whole)
+            traced = run_case(case_of(name, 2), rank, 2)
+        found.append([name for name in plain if not same_bits(plain[name], traced[name])])
+    return found
+
+
+@pytest.mark.skipif(INTERPRETED, reason="natively")
+def test_compiled_whole():
+    """The same bits, but for what torch.compile sums in another order."""
+    for rank in on_ranks(2, compiled):
+        assert all(set(different) <= {"metrics", "loss"} for different in rank), rank
 
 
 # With the Triton kernels, on two processes in the interpreter or on two GPUs: each kernel that knows of parts.
