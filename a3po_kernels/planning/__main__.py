@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=int, default=RATES.gpus_per_node)
     for name, text in (("node", "within a node"), ("link", "between nodes")):
         bandwidth, latency = RATES.link(1 if name == "node" else RATES.gpus_per_node + 1)[::-1]
-        add(f"--{name}-gb-per-s", type=float, default=bandwidth / 1e9, help=f"GB/s, one direction, {text} (%(default)s)")
+        add(f"--{name}-gb-per-s", type=float, default=bandwidth / 1e9, help=f"GB/s one way {text} (%(default)s)")
         add(f"--{name}-us", type=float, default=1e6 * latency, help=f"microseconds of a message {text} (%(default)s)")
     add("--algorithm", choices=ALGORITHMS, default=RATES.algorithm, help="messages of a collective (%(default)s)")
     add("--no-overlap", action="store_true", help="every collective is waited for")
