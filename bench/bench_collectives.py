@@ -4,9 +4,9 @@
 
 Appends to bench/results/cpu/collectives.jsonl, a row a point: operation ("statistics": an all_gather of 4 fp32 numbers
 a row; "dHidden": an all_reduce of `hidden` fp32 numbers a row), kind, ranks, rows, bytes (of each rank's input),
-repeats, median_ms, low_ms, high_ms (10 and 90 % quantiles; a call takes what its slowest rank took), cores, load (the
-machine's, a minute's mean before these ranks started), device, threads, versions, commit, run. Ranks are processes of
-this machine: more than its cores take turns. The fits are bench.scaling_page's, of the last run.
+repeats, median_ms, low_ms, high_ms (10 and 90 % quantiles; a call takes what its slowest rank took), cores, load (of
+the machine, a minute's mean before these ranks started, over the rounds), device, threads, versions, commit, run. The
+numbers of ranks take turns, ROUNDS each. Ranks are processes of this machine: more than its cores share them. The fits are bench.scaling_page's, of the last run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from bench import harness
 
 RANKS = (1, 2, 4)
+ROUNDS = 5
 HIDDEN = 1024
 KINDS = {"statistics": "all_gather", "dHidden": "all_reduce"}
 # 4 KB to 4 MB by the one, 64 KB to 16 MB by the other.
@@ -107,10 +108,15 @@ def main() -> None:
     rows = harness.read(path) if path.exists() else []
     run = 1 + max((row["run"] for row in rows), default=0)
     points = [(name, n) for name, sizes in ROWS.items() for n in (sizes[:2] if args.quick else sizes)]
-    for ranks in tqdm(RANKS, desc="ranks"):
-        load = os.getloadavg()[0]
-        measured = times(ranks, points, args.repeats or (5 if args.quick else 101))
-        new = make_rows(ranks, points, measured, load, run)
+    repeats = args.repeats or (5 if args.quick else 41)
+    loads: dict[int, list[float]] = {ranks: [] for ranks in RANKS}
+    measured: dict[int, list[list[float]]] = {ranks: [[] for _ in points] for ranks in RANKS}
+    for ranks in tqdm(RANKS * (1 if args.quick else ROUNDS), desc="turns"):
+        loads[ranks].append(os.getloadavg()[0])
+        for before, more in zip(measured[ranks], times(ranks, points, repeats), strict=True):
+            before += more
+    for ranks in RANKS:
+        new = make_rows(ranks, points, measured[ranks], statistics.fmean(loads[ranks]), run)
         rows += new
         print(f"\n{'operation':12}{'ranks':>6}{'bytes':>12}{'median ms':>11}{'10 %':>9}{'90 %':>9}")
         for row in new:
