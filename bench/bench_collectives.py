@@ -6,7 +6,8 @@ Appends to bench/results/cpu/collectives.jsonl, a row a point: operation ("stati
 a row; "dHidden": an all_reduce of `hidden` fp32 numbers a row), kind, ranks, rows, bytes (of each rank's input),
 repeats, median_ms, low_ms, high_ms (10 and 90 % quantiles; a call takes what its slowest rank took), cores, load (of
 the machine, a minute's mean before these ranks started, over the rounds), device, threads, versions, commit, run. The
-numbers of ranks take turns, ROUNDS each. Ranks are processes of this machine: more than its cores share them. The fits are bench.scaling_page's, of the last run.
+numbers of ranks take turns, ROUNDS each. Ranks are processes of this machine: more than its cores share them. The fits
+are bench.scaling_page's, of the last run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: the estimates, one GPU's against what was measured, and the fits of gloo's collectives.
+"""The tables of docs/scaling.md: the estimates, one GPU's beside what was measured, and the fits of gloo's times.
 
     python -m bench.scaling_page    # rewrites the page's blocks; tests/test_scaling_page.py fails where they differ
 """
@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def one_gpu(rows: list[dict]) -> str:
-    """Time and peak memory of the linear head as measured and as estimated, on the card whose rates are the defaults."""
+    """Time and peak memory of the linear head, measured and estimated, on the card whose rates are the defaults."""
     chosen = [row for row in rows if row["provider"] in OURS and row["mode"] == "both" and not row["skipped"]]
     chosen = [row for row in chosen if row["run"] == max(row["run"] for row in chosen)]
     body = []
@@ -63,9 +63,10 @@ def points(rows: list[dict]) -> str:
         cells = (f"{mine[n]['median_ms']:.3f} ({mine[n]['low_ms']:.3f}..{mine[n]['high_ms']:.3f})" for n in ranks)
         body.append((f"{operation}, {mine[ranks[0]]['kind']}", f"{size / 1e3:.0f}", *cells))
     header = ("collective", "kB of each rank", *(f"{n} rank{'s' if n > 1 else ''}, ms" for n in ranks))
-    loads = ", ".join(f"{row['load']:.1f}" for row in rows if row["bytes"] == rows[0]["bytes"] and row["rows"] == 256)
-    where = f"{rows[0]['cores']} cores, load before each number of ranks {loads}"
-    return report.markdown(header, body) + f"\n\nMedian (10 %..90 %) of {rows[0]['repeats']}; {where}; {report.origin(rows)}."
+    loads = ", ".join(f"{load:.1f}" for load in {row["ranks"]: row["load"] for row in rows}.values())
+    where = f"{rows[0]['cores']} cores, load before the ranks started {loads}"
+    spread = f"Median (10 %..90 %) of {rows[0]['repeats']} calls"
+    return report.markdown(header, body) + f"\n\n{spread}; {where}; {report.origin(rows)}."
 
 
 def growth(rows: list[dict]) -> str:
@@ -79,10 +80,10 @@ def growth(rows: list[dict]) -> str:
         wire = wire_bytes(kind, size, ranks) / wire_bytes(kind, size, 2)
         # All ranks' bytes go through the cores that there are.
         shared = wire * (ranks / min(ranks, cores)) / (2 / min(2, cores))
-        expected = ("–", "–") if ranks == 1 else (f"{wire:.2f}", f"{shared:.2f}")
+        measured = (b / middle[operation, 2][1], low[operation, ranks][1] / low[operation, 2][1])
+        ratios = ("–",) * 4 if ranks == 1 else tuple(f"{x:.2f}" for x in (*measured, wire, shared))
         body.append((
-            f"{operation}, {kind}", str(ranks), f"{a:.3f}", f"{1e6 * b:.3f}", f"{100 * error:.0f} %",
-            f"{b / middle[operation, 2][1]:.2f}", f"{low[operation, ranks][1] / low[operation, 2][1]:.2f}", *expected,
+            f"{operation}, {kind}", str(ranks), f"{a:.3f}", f"{1e6 * b:.3f}", f"{100 * error:.0f} %", *ratios,
         ))  # fmt: skip
     header = ("collective", "ranks", "a, ms", "b, ms a MB", "error of the fit", "b / b of 2 ranks",
               "the same of the 10 % quantiles", "model", f"model, {cores} cores shared")  # fmt: skip

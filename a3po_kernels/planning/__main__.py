@@ -73,8 +73,8 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, HeadStep, Mach
     )  # fmt: skip
     machine = Machine(
         flops=1e12 * args.tflops, copy=1e9 * args.copy_gb_per_s, gpus_per_node=args.gpus_per_node,
-        node_bandwidth=1e9 * args.node_gb_per_s, node_latency=1e-6 * args.node_us,
-        network_bandwidth=1e9 * args.link_gb_per_s, network_latency=1e-6 * args.link_us, algorithm=args.algorithm,
+        node_bandwidth=1e9 * args.node_gb_per_s, node_latency=args.node_us / 1e6,
+        network_bandwidth=1e9 * args.link_gb_per_s, network_latency=args.link_us / 1e6, algorithm=args.algorithm,
         overlap=not args.no_overlap,
     )  # fmt: skip
     return args, step, machine
@@ -115,7 +115,10 @@ def as_text(step: HeadStep, machine: Machine, found: StepEstimate) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, step, machine = read(argv)
+    try:
+        args, step, machine = read(argv)
+    except ValueError as error:
+        parser().error(str(error))
     found = estimate_step(step, machine, args.weight_gradient)
     if args.json:
         print(json.dumps({"arguments": vars(args), "machine": asdict(machine), "estimate": asdict(found)}, indent=2))

@@ -167,13 +167,15 @@ class HeadStep:
 
     @property
     def taken_route(self) -> str:
+        if not self.active:
+            return "recompute"  # of no rows: the statistics alone
         if self.route != "auto":
             return self.route
         return "one-pass" if self._one_pass_possible() else "recompute"
 
     def chunks(self) -> list[int]:
         """Rows of each chunk that one pass forms the gradient of; of the recompute route one number, all of them."""
-        if self.taken_route == "recompute" or not self.active:
+        if self.taken_route == "recompute":
             return [self.active] if self.active else []
         if self.unit == "token" or self.active <= self._longest:
             step = row_tiles(self.active, self.shard, self.dtype.itemsize, self.chunk_bytes(True)).rows
