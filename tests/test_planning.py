@@ -188,7 +188,10 @@ def test_which_link_a_group_uses():
     for line in estimate_step(step, machine).collectives:
         expected = (100 if line.traffic.group == "dp" else 1) * (2 if line.traffic.kind == "all_reduce" else 1)
         assert line.seconds == pytest.approx(line.traffic.count * expected, rel=1e-6)
-    found = estimate_step(step, machine).weight_gradient
+    whole = estimate_step(step, machine)
+    # The four ranks of a replica beside one GPU.
+    assert whole.efficiency == pytest.approx(whole.seconds_one_gpu / (4 * whole.seconds))
+    found = whole.weight_gradient
     assert found is not None and found.ranks == 4 and found.seconds == pytest.approx(200, rel=1e-6)
 
 

@@ -58,7 +58,7 @@ def fixed_batch(machine: Machine | None = None) -> str:
     body = []
     for gpus in GPUS:
         dp = gpus // 8
-        step = replace(REPLICA, rows=BATCH // dp, rollouts=max(REPLICA.rollouts * 64 // dp, 1), tp=8, dp=dp)
+        step = replace(REPLICA, rows=BATCH // dp, tp=8, dp=dp)
         for layout in ("replicated", "sequence_sharded"):
             estimate = estimate_step(replace(step, hidden_layout=layout), machine)
             kind = f"{layout.replace('_', '-')}, {estimate.chunks} chunk{'s' if estimate.chunks > 1 else ''}"
