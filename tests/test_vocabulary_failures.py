@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import Counter
 from datetime import timedelta
 
 import pytest
@@ -18,6 +19,7 @@ from split_heads import Case, H, V, run_case, same_bits
 import a3po_kernels
 from a3po_kernels import CustomSurrogate, Objective
 from a3po_kernels.parallel import vocabulary
+from a3po_kernels.planning import HeadStep, collectives_of_step
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="natively")
 N, LOCAL = 12, 8
@@ -348,3 +350,22 @@ def test_a_group_of_one_crosses_nothing():
     (found,) = on_ranks(1, of_one)
     assert "vocab_start must be 0 in a group of one rank" in found.pop("start")
     assert all(found[call] == ([], True) for call in found)
+
+
+# The formula of docs/scaling.md, for the calls that it describes.
+PLANNED = {
+    "one chunk": {}, "chunks": {"max_chunk_bytes": 2 * 8 * LOCAL * 4}, "recompute": {"route": "recompute"},
+    "partial": {"grad_hidden": "partial"}, "scatter": {"grad_hidden": "reduce_scatter"}, "lora": {"lora_rank": 2},
+    "sharded": {"hidden_layout": "sequence_sharded"}, "told": {},
+    "active": {"route": "recompute", "active_fraction": 8 / 12}, "no gradient": {"active_fraction": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_documented_formula_is_what_is_called(counts, name):
+    step = HeadStep(
+        N, 2 * LOCAL, H, torch.float64, a3po_kernels.dapo(), rollouts=3, tp=2, reduce_metrics=False, **PLANNED[name]
+    )
+    words = {GATHER: "all_gather", REDUCE: "all_reduce", SCATTER: "reduce_scatter"}
+    called = Counter((words[kind], size) for kind, size in counts[0][name])
+    assert Counter({(kind, size): count for kind, count, size in collectives_of_step(step)}) == called

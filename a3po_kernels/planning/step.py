@@ -229,8 +229,9 @@ def _tensor_parallel(step: HeadStep) -> Iterator[Traffic]:
     elif step.computed:
         yield Traffic("statistics", "all_gather", "tp", numbers * step.computed)
     if step.active and step.hidden_gradient == "all_reduce":
-        for rows in chunks:
-            behind = "dWeight" if one_pass and not step.frozen_weight else ""
+        # What an adapter adds to it is known at the end.
+        for rows in [step.active] if step.lora_rank else chunks:
+            behind = "dWeight" if one_pass and not step.frozen_weight and not step.lora_rank else ""
             yield Traffic("dHidden", "all_reduce", "tp", wide * rows * step.width, 1, behind, rows if behind else 0)
     elif step.hidden_gradient == "reduce_scatter":
         whole = padded * step.tp if step.hidden_layout == "sequence_sharded" else hidden
