@@ -20,8 +20,11 @@ from torch import Tensor
 import reference
 
 from .calls import Found, call, cotangents, exact_statistics, reference_loss, transform_of
-from .cases import LOW, Case, draw
+from .case import LOW, Case
+from .cases import draw
 from .expected import features, mend, planned_rows, refusals, routes
+from .functions import Given, written_gspo
+from .objectives import written
 
 SLACK, ROUNDINGS = 4.0, 32.0
 # The interpreter cuts fp32 off to bf16 and fp16 where a GPU rounds.
@@ -177,9 +180,11 @@ def _judge_loss(case: Case, found: Found, truth: Any, eager: Any = None, compute
         ]
         logits = truth[2]
     leaves = reference.TokenStats(*(torch.where(on, value, 0.0).requires_grad_() for value in values))
-    want, d_logp, d_entropy, scale = reference_loss(case, leaves, logits)
+    want, d_logp, d_entropy, scale = reference_loss(case, found, leaves, logits)
     f = features(case)
-    amplitude = term_bound(case, f.objective, leaves, want)
+    amplitude = term_bound(case, f.objective, leaves, want, scale.factors)
+    for metric in scale.metrics:
+        judge_metric_of_a_rule(case, f.objective, metric)
     rounding = ROUNDINGS * eps(compute)
     expect("loss", output.loss, want.loss, rounding * amplitude * scale.divisors)
     require(output.loss.dtype == compute, f"loss: {output.loss.dtype}")
@@ -207,7 +212,24 @@ def smallest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).smallest_normal * eps(dtype)
 
 
-def term_bound(case: Case, objective: Any, statistics: Any, want: Any) -> float:
+def judge_metric_of_a_rule(case: Case, objective: Any, given: Given) -> None:
+    """What a function of the tokens gave to the package, from the package's own statistics."""
+    if case.broken or given.seen is None:
+        return
+    t, rounding = given.seen, ROUNDINGS * eps(case.compute_dtype)
+    bound = rounding * (1.0 + largest(t.advantages)) * (1.0 + largest(t.old_logprobs)) * 30.0
+    if not given.candidates:
+        return expect("a rule's metric", given.got[t.mask], given.want[t.mask], bound * (1.0 + largest(given.want)))
+    clip, value = objective.surrogate, reference.presets.covariance(t)
+    own = case.spec.fields
+    edges = [value - own.get("low", 1.0), value - own.get("high", 5.0), t.ratio - 1 - clip.epsilon_high,
+             t.ratio - 1 + clip.epsilon_low]  # fmt: skip
+    clear = t.mask & (torch.stack(edges).abs() > bound).all(0)
+    same = (given.got > -torch.inf) == (given.want > -torch.inf)
+    require(bool(same[clear].all()), f"candidates {given.got}, expected {given.want}")
+
+
+def term_bound(case: Case, objective: Any, statistics: Any, want: Any, factors: float) -> float:
     """How large a token's loss, or a part of it that cancels, may be, times the exponents whose rounding exp keeps."""
     keywords, on = case.keywords, case.tokens
     logp = statistics.logprobs.detach().reshape(-1)[on]
@@ -231,10 +253,20 @@ def term_bound(case: Case, objective: Any, statistics: Any, want: Any) -> float:
         gap = torch.zeros(1) if proxy is None else proxy - logp
         # Its slope is 1 - e^gap, up to where the penalty of 10 ends it.
         replaced = objective.low_probability.beta * importance * 20.0 * (1.0 + largest(gap.clamp(max=3.0)))
-    if objective.ratio_level == "sequence":
+    if objective.ratio_level != "token":
         policy *= 1.0 + logs
-    sapo = 1.0 + 4.0 * isinstance(objective.surrogate, reference.Sapo)
-    return policy * sapo + kl * logs + entropy + replaced
+    if objective.ratio_weights:
+        policy *= factors * 10.0 * (1.0 + logs)  # whose exponents are sums
+    surrogates = surrogates_of(objective)
+    sapo = 1.0 + 4.0 * any(isinstance(surrogate, reference.Sapo) for surrogate in surrogates)
+    penalty = max(getattr(surrogate, "penalty", 0.0) for surrogate in surrogates) * importance * factors
+    moved = penalty * 2.0 * logs + objective.log_ratio_coef * 4.0 * logs**2
+    return policy * sapo + kl * logs + entropy + replaced + moved
+
+
+def surrogates_of(objective: Any) -> list[Any]:
+    replacements = [getattr(rule, "replacement", None) for rule in objective.shaping]
+    return [objective.surrogate, *(x for x in replacements if x is not None)]
 
 
 def _judge_metrics(case: Case, found: Found, want: Any, statistics: Any, computed: Tensor | None) -> None:
@@ -258,10 +290,16 @@ def _judge_metrics(case: Case, found: Found, want: Any, statistics: Any, compute
             wanted["approx_kl"] = torch.zeros(()) if old is None else (old - statistics.logprobs)[computed].mean()
     if case.entry == "logprob_policy_loss" and "entropy" not in case.keywords:
         wanted["entropy"] = torch.tensor(math.nan)
-    sapo = isinstance(features(case).objective.surrogate, reference.Sapo)
-    if case.broken or (sapo and (case.extreme or case.compute_dtype != torch.float64)):
-        # NaN has no size; the gate is flat at large ratios, but for what the precision holds.
+    objective, custom = features(case).objective, written(case.spec)
+    flat = any(isinstance(surrogate, reference.Sapo) for surrogate in surrogates_of(objective))
+    flat = flat or any(isinstance(weight, reference.Vespo) for weight in objective.ratio_weights)
+    if case.broken or (flat and (case.extreme or case.compute_dtype != torch.float64)):
+        # NaN has no size; the gate and VESPO's factor are flat at large ratios, but for what the precision holds.
         names -= {"active_fraction"}
+    if custom:
+        names -= {"clip_fraction_low", "clip_fraction_high", "dual_clip_fraction"}  # a function has no bounds
+    if written_gspo in custom:
+        names -= {"ratio_mean", "ratio_max"}  # of the tokens
     for name in sorted(names):
         value = torch.as_tensor(wanted[name]).double()
         size = {"kl": math.exp(min(gap, 50.0)) * logs, "ratio_mean": ratio, "ratio_max": ratio}.get(name, 1.0)
