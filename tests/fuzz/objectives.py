@@ -14,12 +14,12 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 ESTIMATORS = ("k1", "k2", "k3", "k3-ratio")
 OLDER = ("grpo", "dr_grpo", "dapo", "psr", "nsr", "w_reinforce", "fork_tokens", "lp_reg", "a3po", "gspo")
 CLIPPED = (*OLDER, "gspo_token", "luspo", "clip_cov")
-PRESETS = (*CLIPPED, "a3po", "cispo", "sapo", "dppo", "vespo", "gmpo", "topr", "kl_cov")
+PRESETS = (*CLIPPED, "a3po", "a3po", "cispo", "sapo", "dppo", "vespo", "gmpo", "topr", "kl_cov")
 RATIOS = (0.01, 0.1, 0.2, 0.29, 1 / 3, 0.5, 0.9, 1.0)
 SCORES = ("noise", "tied")
 # Where ties of what a metric may be fall on a bound, it can be told exactly in any precision.
 THRESHOLDS: dict[Any, tuple[float, ...]] = {
-    "probability": (0.0, 0.04, 0.3), "entropy": (0.75, 1.9), "noise": (-0.5, 0.0, 0.75), "tied": (0.5, 1.0),
+    "probability": (0.02, 0.06, 0.3), "entropy": (0.75, 1.9), "noise": (-0.5, 0.0, 0.75), "tied": (0.5, 1.0),
 }  # fmt: skip
 
 
@@ -85,8 +85,8 @@ def _threshold(rng: random.Random, metric: Any) -> float:
     return rng.choice(THRESHOLDS.get(metric, (-1.0, 0.0, 0.5)))
 
 
-def draw_rule(rng: random.Random, replacements: tuple[str, ...]) -> Made:
-    """replacements: the surrogates that may take the objective's place."""
+def draw_rule(rng: random.Random, choosy: bool, replacements: tuple[str, ...]) -> Made:
+    """choosy: by more than the policy's numbers and a share; replacements: what may take the surrogate's place."""
     if rng.random() < 0.25:
         factors = {name: rng.choice((0.0, 0.1, 1.0, 1.0, 1.5)) for name in ("positive", "negative", "zero")}
         for name in factors:
@@ -100,17 +100,17 @@ def draw_rule(rng: random.Random, replacements: tuple[str, ...]) -> Made:
         "rest_scale": rng.choice((0.0, 0.5, 1.0, 1.0)), "scope": rng.choice(("rollout", "rollout", "batch", "global")),
         "rounding": rng.choice(("floor", "ceil")),
     }  # fmt: skip
-    if rng.random() < 0.2:
-        fields["metric"] = rng.choice(SCORES)
-    elif rng.random() < 0.2:
-        fields["metric"] = rng.choice(CURRENT if fields["source"] == "current" else OLD)
-    if rng.random() < 0.25:
-        fields["threshold"] = _threshold(rng, fields["metric"])
-        fields["ratio"] = rng.choice((fields["ratio"], 1.0))
-    if rng.random() < 0.2:
-        fields.update(quantile=rng.choice((0.0, 0.25, 0.3, 0.5, 0.8, 1.0)), scope="batch")
-    if replacements and rng.random() < 0.35:
+    if choosy:
+        kinds = (*SCORES, rng.choice(CURRENT if fields["source"] == "current" else OLD))
+        fields["metric"] = rng.choice((fields["metric"], rng.choice(kinds)))
+        if rng.random() < 0.4:
+            fields["threshold"] = _threshold(rng, fields["metric"])
+            fields["ratio"] = rng.choice((fields["ratio"], 1.0))
+        if rng.random() < 0.3:
+            fields.update(quantile=rng.choice((0.0, 0.25, 0.3, 0.3, 0.5, 0.8, 0.8, 1.0)), scope="batch")
+    if replacements and rng.random() < 0.8:
         fields["replacement"] = draw_surrogate(rng, rng.choice(replacements))
+        fields["ratio"] = rng.choice((fields["ratio"], 0.5, 0.9))
     return Made("TokenRule", fields)
 
 
@@ -136,12 +136,13 @@ def draw_surrogate(rng: random.Random, name: str) -> Made:
         return Made(name, _some(rng, 0.6, tau_positive=(1.0, 3.0), tau_negative=(1.05, 5.0)))
     if name == "Dppo":
         return Made(name, _some(
-            rng, 0.6, divergence=("tv", "kl"), delta_low=(0.01, 0.3), delta_high=(0.02, 0.4), ratio_cap=(0.9, 1.1, 3.0)
+            rng, 0.9, divergence=("tv", "kl"), delta_low=(0.002, 0.01, 0.3), delta_high=(0.003, 0.02, 0.4),
+            ratio_cap=(0.9, 1.1, 3.0),
         ))  # fmt: skip
     if name == "Gmpo":
         return Made(name, _some(rng, 0.6, epsilon_low=(0.04, 0.4), epsilon_high=(0.06, 0.3)))
     if name == "Ratio":
-        return Made(name, _some(rng, 0.6, penalty=(0.1, 1.0)))
+        return Made(name, _some(rng, 0.8, penalty=(0.1, 1.0)))
     if name == "CustomSurrogate":
         return Made(name, {"loss": rng.choice(OF_ONE_TOKEN)})
     return Made(name)
@@ -164,7 +165,8 @@ def draw_regularizer(rng: random.Random) -> dict[str, Any]:
 def _terms(rng: random.Random, levels: tuple[str, ...] = ("sequence", "sequence", "sequence-token")) -> dict[str, Any]:
     """What a preset and an Objective have in common; levels: those that it may take."""
     terms = _some(rng, 0.3, kl_coef=(0.05, 0.4), entropy_coef=(0.03, -0.2), aggregation=AGGREGATIONS)
-    terms.update(_some(rng, 0.15, log_ratio_coef=(0.02, 0.5), kl_clamp=(0.05, 0.4, 3.0)))
+    terms.update(_some(rng, 0.15, log_ratio_coef=(0.02, 0.5)))
+    terms.update(_some(rng, 0.4 if "kl_coef" in terms else 0.1, kl_clamp=(0.05, 0.2, 3.0)))
     if rng.random() < 0.5:
         terms["kl_estimator"] = rng.choice(ESTIMATORS)
     if levels and rng.random() < 0.2:
@@ -185,7 +187,7 @@ def _own(name: str, rng: random.Random) -> dict[str, Any]:
     if name == "a3po":
         metrics = ("probability", "entropy")
         own = _some(
-            rng, 0.3, rho=(1.0, 3.0), alpha=(0.0, 0.1), ratio=RATIOS, metric=("entropy",), source=("current",),
+            rng, 0.4, rho=(1.0, 3.0), alpha=(0.0, 0.1), ratio=RATIOS, metric=("entropy",), source=("current",),
             positive_metric=metrics, negative_metric=metrics, polarity=("both", "positive", "negative"),
             positive_weight=(0.0, 0.5, draw_schedule(rng)), negative_weight=(0.0, 2.0, draw_schedule(rng)),
         )  # fmt: skip
@@ -219,7 +221,7 @@ def draw_preset(rng: random.Random) -> Made:
 def draw_composition(rng: random.Random) -> Made:
     """An objective that no preset makes."""
     one = ("Clip", "Cispo", "Sapo", "Reinforce", "Dppo", "Ratio", "Nothing", "CustomSurrogate")
-    name = rng.choice((*one, "Clip", "Clip", "Reinforce", "Gmpo", "CustomSurrogate"))
+    name = rng.choice((*one, "Clip", "Clip", "Dppo", "Ratio", "Gmpo", "CustomSurrogate"))
     regularized = rng.random() < 0.15 and name != "CustomSurrogate"
     surrogate = draw_surrogate(rng, name)
     if name == "CustomSurrogate":
@@ -235,7 +237,10 @@ def draw_composition(rng: random.Random) -> Made:
         replacements = ()
     elif "ratio_level" in fields:
         replacements = ("Clip", "Cispo", "Sapo", "Reinforce", "Ratio", "Nothing")
-    shaping = tuple(draw_rule(rng, replacements) for _ in range(rng.choice((0, 1, 1, 2, 3))))
+    style = rng.choice(("plain", "plain", "choosy", "choosy", "replacing"))
+    choosy = style == "choosy" or (style == "replacing" and rng.random() < 0.3)
+    count = rng.choice((2, 3) if style == "replacing" else (0, 1, 1, 2, 3))
+    shaping = tuple(draw_rule(rng, choosy, replacements if style == "replacing" else ()) for _ in range(count))
     fields = {"shaping": shaping, "surrogate": surrogate, **fields}
     if regularized:
         fields["low_probability"] = Made("MinPRegularizer", draw_regularizer(rng))
@@ -246,4 +251,4 @@ def draw_composition(rng: random.Random) -> Made:
 
 def draw_objective(rng: random.Random) -> Made:
     """A preset with overrides, or a composition that no preset makes."""
-    return draw_preset(rng) if rng.random() < 0.45 else draw_composition(rng)
+    return draw_preset(rng) if rng.random() < 0.4 else draw_composition(rng)
