@@ -69,7 +69,7 @@ def choose(rule: TokenRule, values: list[float], rows: list[int]) -> list[int]:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Interpolated linearly, as torch.quantile does, and between an infinite value and another the infinite one, -inf before inf."""
+    """torch.quantile's linear interpolation; between an infinite value and another the infinite one, -inf first."""
     place = (len(values) - 1) * share
     low, high = (sorted(values)[round_to(place)] for round_to in (math.floor, math.ceil))
     if low == high or low == -math.inf:
