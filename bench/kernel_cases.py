@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from a3po_kernels.backends.triton import gradient, one_launch, policy_terms, scaling, selection, statistics, tokens
-from a3po_kernels.backends.triton.min_p import min_p_kernel
+from a3po_kernels.backends.triton.min_p import finish_min_p_kernel, min_p_kernel
 from bench.gpus import LIMIT_VOCABULARY
 from bench.kernel_case import Case
 
@@ -30,7 +30,7 @@ def _read_case(
     defaults = {
         "temperature_ptr": None, "column_stride": 1, "HAS_SOFTCAP": False, "LOADS": "aligned", "EVEN": True,
         "LANES": lanes, "UNROLL": statistics._UNROLL[lanes], "FIRST": True,
-        "LAST": True, "COMPUTE": _compute(dtype),
+        "LAST": True, "STAGE": "all", "largest_ptr": None, "COMPUTE": _compute(dtype),
     }  # fmt: skip
     merged = {**defaults, **constants}
     # A pointer or a stride that is given is an argument, not a constant.
@@ -132,6 +132,7 @@ def _scale_case(name: str, dtype: str) -> Case:
 def cases() -> list[Case]:
     """Every kernel, in the configurations that matter for speed or that could spill."""
     short = 32000
+    parts = {"BLOCK": statistics.MERGED_ROWS, "COMPUTE": tl.float32}
     select = {"HIGH": False, "CEIL": False, "DIGITS": 8, "BLOCK": selection._BLOCK}
     return [
         _read_case("statistics bf16"),
@@ -168,6 +169,10 @@ def cases() -> list[Case]:
         ),
         _read_case("min-p bf16", min_p_kernel),
         _read_case("min-p bf16 shifted", min_p_kernel, LOADS="shifted", EVEN=False),
+        _read_case("min-p bf16 largest", min_p_kernel, STAGE="largest"),
+        _read_case("min-p bf16 part", min_p_kernel, STAGE="part", largest_ptr="argument"),
+        Case("merge parts", statistics.merge_parts_kernel, {"temperature_ptr": None, **parts}, statistics.MERGED_ROWS),
+        Case("finish min-p", finish_min_p_kernel, parts, statistics.MERGED_ROWS),
         Case("select fp32", selection.select_kernel, select, selection._BLOCK, pointers={"out_ptr": "*i8"}),
         _rules_case("one rule", False),
         _rules_case("two rules", True),
