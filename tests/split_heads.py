@@ -18,9 +18,10 @@ V, H, RANK = 37, 6, 3
 
 @dataclass(frozen=True)
 class Case:
-    """sizes: the ranks' parts; (): equal ones, padded at the end of the vocabulary. padding: rows behind each part.
+    """sizes: the ranks' parts; (): equal ones, padded at the end of the vocabulary. padding: rows behind each part, or
+    at the end.
 
-    options: of the call. extras: "bias", "lora", "temperature", "frozen" (the weight), "main_grad", "plan".
+    options: of the call. extras: "bias", "lora", "temperature", "frozen" (the weight), "main_grad", "plan", "low".
     """
 
     name: str
@@ -47,14 +48,14 @@ def bounds(case: Case, ranks: int) -> list[tuple[int, int]]:
         ends = list(itertools.accumulate(case.sizes))
         assert ends[-1] == V and len(ends) == ranks
         return list(zip([0, *ends], ends, strict=False))
-    each = -(-V // ranks)
+    each = -(-(V + case.padding) // ranks)
     return [(min(rank * each, V), min((rank + 1) * each, V)) for rank in range(ranks)]
 
 
 def _part(values: Tensor, case: Case, rank: int, ranks: int) -> Tensor:
     """A rank's rows of [V, ...], and padding that must take no part."""
     first, stop = bounds(case, ranks)[rank]
-    pad = case.padding if case.sizes else -(-V // ranks) - (stop - first)
+    pad = case.padding if case.sizes else -(-(V + case.padding) // ranks) - (stop - first)
     return torch.cat([values[first:stop], values.new_full((pad, *values.shape[1:]), 7.0)])
 
 
@@ -170,6 +171,8 @@ def _call(case, batch, leaves, keywords, split, rank, ranks) -> dict[str, Any]:
         return {"logprobs": out}
     # On logits: [.., V], of which a rank has its columns.
     every = torch.randn(*batch.targets.shape, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 3
+    if "low" in case.extras:
+        every = torch.full_like(every, -3e38)
     if split:
         every = _part(every.movedim(-1, 0), case, rank, ranks).movedim(0, -1)
     logits = every.contiguous().to(batch.targets.device, case.dtype).requires_grad_()

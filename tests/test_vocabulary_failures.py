@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tempfile
@@ -15,9 +16,11 @@ import torch.multiprocessing as mp
 from batches import INTERPRETED
 from ranks import on_ranks
 from split_heads import Case, H, V, run_case, same_bits
+from torch._subclasses import FakeTensorMode
 
 import a3po_kernels
 from a3po_kernels import CustomSurrogate, Objective
+from a3po_kernels.ops import linear_head
 from a3po_kernels.parallel import vocabulary
 from a3po_kernels.planning import HeadStep, collectives_of_step
 
@@ -27,6 +30,25 @@ N, LOCAL = 12, 8
 
 def own_surrogate(t):
     return -t.advantages * t.ratio
+
+
+def falling(step, rate):
+    return 2.0 - rate * 0
+
+
+class Falling:
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate
+
+
+def closure(rate):
+    def falls(step):
+        return 2.0 - 0.1 * rate
+
+    return falls
 
 
 def arguments(rank: int) -> dict:
@@ -66,6 +88,19 @@ DISAGREEMENTS = {
     "gap": (lambda r, a: a | {"vocab_start": 9 * r, "vocab_size": 17}, "none has the columns from 8 to 9"),
     "overlap": (lambda r, a: a | {"vocab_start": 7 * r}, "both have the columns from 7 to 8"),
     "end": (lambda r, a: a | {"vocab_start": 8 * r, "vocab_size": 20}, "end at 16, vocab_size is 20"),
+    "contents": (
+        lambda r, a: a | {"mask": torch.arange(12).view(3, 4) < 10 + r}, r"mask is \[3, 4\] bool of contents"
+    ),
+    "number": (lambda r, a: a | {"denominator": torch.tensor(3.0 + r)}, r"denominator is \[\] float32 3.0 of"),
+    "schedule": (
+        lambda r, a: a | {"objective": a3po_kernels.a3po(schedule=Falling(2.0 + r))}, "Falling with {rate: 2.0}"
+    ),
+    "partial": (
+        lambda r, a: a | {"objective": a3po_kernels.a3po(schedule=functools.partial(falling, rate=r))}, "{rate: 0}",
+    ),
+    "closure": (
+        lambda r, a: a | {"objective": a3po_kernels.a3po(schedule=closure(r))}, "falls with 0",
+    ),
     "layout": (lambda r, a: a | {"hidden_layout": _other(r, "replicated", "sequence_sharded")}, "hidden_layout is"),
     # On one rank alone an error of its own would leave the other waiting.
     "wrong here": (lambda r, a: a | {"temperature": _other(r, 1.0, -1.0)}, "temperature is 1.0 on rank 0"),
@@ -99,6 +134,12 @@ def disagree() -> dict[str, str]:
         a3po_kernels.token_logprobs, logits, call["targets"], tp_group=dist.group.WORLD, validate=True,
         temperature=_other(rank, 1.0, 2.0),
     )  # fmt: skip
+    with torch.set_grad_enabled(rank == 0):
+        found["grad mode"] = said(a3po_kernels.linear_policy_loss, **arguments(rank), validate=True)
+    with torch.autocast("cpu", enabled=rank == 1):
+        found["autocast"] = said(a3po_kernels.linear_policy_loss, **arguments(rank), validate=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found["fake"] = said(a3po_kernels.linear_policy_loss, **arguments(rank), validate=True)
     found["right"] = said(a3po_kernels.linear_policy_loss, **arguments(rank), validate=True)
     found["right, cut"] = said(
         a3po_kernels.linear_policy_loss, **arguments(rank), vocab_start=(8 * rank, 8 * rank + 7 + rank), validate=True
@@ -124,6 +165,9 @@ def test_so_are_the_other_calls_and_right_ones_pass(disagreements):
         assert "softcap is None on rank 0, 3.0 on rank 1" in found["log-probs"]
         assert "min_p is 0.1 on rank 0, 0.2 on rank 1" in found["min-p"]
         assert "temperature is 1.0 on rank 0" in found["logits"]
+        assert "grad mode is on on rank 0, off on rank 1" in found["grad mode"]
+        assert "autocast is off on rank 0, bfloat16 on rank 1" in found["autocast"]
+        assert found["fake"] == "nothing"  # no value is looked at
         assert found["right"] == "nothing"
         assert "none has the columns from 7 to 8" in found["right, cut"]
 
@@ -141,7 +185,8 @@ def misuse() -> dict[str, str]:
         "uneven": of(grad_hidden="reduce_scatter", hidden=torch.zeros(3, 5, H, dtype=torch.float64),
                      targets=torch.zeros(3, 5, dtype=torch.int64)),
         "start": of(vocab_start=-1), "kind": of(vocab_start=2.0), "stop": of(vocab_start=(0, 9)),
-        "size": of(vocab_size=0), "target": of(targets=torch.full((3, 4), 2 * LOCAL)),
+        "size": of(vocab_size=0), "large": of(vocab_size=17), "one of": of(vocab_start=(5,)),
+        "target": of(targets=torch.full((3, 4), 2 * LOCAL)),
         "told target": of(targets=torch.full((3, 4), 15), vocab_size=15),
         "untold target": of(targets=torch.full((3, 4), 15), vocab_start=7 * rank, weight=arguments(rank)["weight"][:7]),
         "shape": of(hidden_layout="sequence_sharded"),
@@ -166,12 +211,14 @@ def test_misuse_is_refused():
         assert "vocab_start must be at least 0" in found["start"] and "TypeError" in found["kind"]
         assert "at most 8 further, the rows of weight; got (0, 9)" in found["stop"]
         assert "vocab_size must be positive" in found["size"]
+        assert "vocab_size must lie in [1, 16], the rows of weight of all ranks; got 17" in found["large"]
+        assert "TypeError: vocab_start must be an integer, or a tuple (first, stop)" in found["one of"]
         assert "IndexError: targets must lie in [0, 16)" in found["target"]
         assert "IndexError: targets must lie in [0, 15)" in found["told target"]
         assert "IndexError: targets must lie in [0, 14)" in found["untold target"]
         assert "targets must have shape [3, 8]" in found["shape"]
         assert "a row's statistics are the ranks' together" in found["one launch"]
-    assert "a group that this rank (1) is in" in second["member"] or "TypeError" in second["member"]
+    assert "ValueError: tp_group must be a group that this rank, 1, is in; it is not" in second["member"]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +331,46 @@ def count() -> dict[str, list[tuple[str, int]]]:
     logits = torch.zeros(3, 4, LOCAL, dtype=torch.float64, requires_grad=True)
     call = {name: x for name, x in arguments(rank).items() if name not in ("hidden", "weight")}
     found["logits"] = _counted(lambda: a3po_kernels.policy_loss(logits, **call).loss.backward())
+    call = arguments(rank) | {"objective": a3po_kernels.dapo()}
+    for name in ("hidden", "weight"):
+        call[name] = call[name].detach().bfloat16().requires_grad_()
+    found["bf16"] = _counted(lambda: a3po_kernels.linear_policy_loss(**call).loss.backward())
     return found
+
+
+def order() -> dict[str, list[str]]:
+    """What a step of each route does in which order: the collectives, waits for them, and products for dWeight."""
+    found = {}
+    for route, options in {"one-pass": {"max_chunk_bytes": 2 * 8 * LOCAL * 4}, "recompute": {}}.items():
+        seen: list[str] = []
+
+        def noting(word, function, seen=seen):
+            def call(*given, **keywords):
+                seen.append(word)
+                return function(*given, **keywords)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vocabulary, GATHER, noting("gather", vocabulary.all_gather_single))
+            patch.setattr(vocabulary.Gathering, "wait", noting("wait", vocabulary.Gathering.wait))
+            patch.setattr(dist, REDUCE, noting("sum", dist.all_reduce))
+            patch.setattr(vocabulary.HiddenSum, "finish", noting("finish", vocabulary.HiddenSum.finish))
+            patch.setattr(linear_head._Sum, "add", noting("dWeight", linear_head._Sum.add))
+            patch.setattr(linear_head.Logits, "tile", noting("logits", linear_head.Logits.tile))
+            given = arguments(dist.get_rank()) | {"objective": a3po_kernels.dapo(), "route": route, **options}
+            a3po_kernels.linear_policy_loss(**given).loss.backward()
+        found[route] = seen
+    return found
+
+
+def test_what_crosses_ranks_goes_on_beside_products():
+    for found in on_ranks(2, order):
+        chunk = ["wait", "sum", "dWeight"]
+        assert found["one-pass"] == [
+            "logits", "gather", "logits", "gather", *chunk, "logits", "gather", *chunk, *chunk, "finish",
+        ]  # fmt: skip
+        assert found["recompute"] == ["logits", "gather", "wait", "logits", "sum", "dWeight", "finish"]
 
 
 E = 8  # bytes of a number in fp64
@@ -306,6 +392,8 @@ EXPECTED = {
     "no gradient": [STATISTICS],
     "lp_reg": [(GATHER, 4 * E), (GATHER, 2 * 4 * E), STATISTICS, D_HIDDEN],
     "logits": [STATISTICS],
+    # dHidden is summed in fp32, however the head multiplies.
+    "bf16": [(GATHER, 4 * N * 4), (REDUCE, N * H * 4)],
 }
 
 

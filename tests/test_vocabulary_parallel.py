@@ -46,10 +46,11 @@ def _cases(ranks: int) -> list[Case]:
                 Case(f"{layout} {route} frozen", "grpo", extras=("frozen",), **kind),
                 Case(f"{layout} {route} plan", "psr", extras=("plan",), **kind),
                 Case(f"{layout} {route} on-policy", "lp_reg", extras=("on_policy",), layout=layout, sizes=uneven,
-                     options={"route": route}),
+                     options={"route": route} if route == "one-pass" else {"route": route, **chunks}),
             ]  # fmt: skip
         made.append(Case(f"{layout} log-probs", call="linear_token_logprobs", layout=layout, extras=every))
-        made.append(Case(f"{layout} min-p", call="linear_min_p_token_logprobs", layout=layout, sizes=empty))
+        made.append(Case(f"{layout} min-p", call="linear_min_p_token_logprobs", layout=layout, sizes=empty,
+                         options=chunks, told=layout == "replicated"))  # fmt: skip
     for route in ROUTES:
         for reduction in ("reduce_scatter", "partial"):
             options = {"route": route, "grad_hidden": reduction, **chunks}
@@ -61,6 +62,12 @@ def _cases(ranks: int) -> list[Case]:
         Case("fp16", "grpo", dtype=torch.float16, options={"route": "one-pass", **chunks}),
         Case("log-probs of logits", call="token_logprobs", sizes=uneven, padding=2, extras=("temperature",)),
         Case("in place", call="token_logprobs", options={"inplace_backward": True}),
+        Case("in place, a part and padding", "grpo", "policy_loss", sizes=empty, padding=4,
+             options={"inplace_backward": True}),
+        # Some of the ranks hold nothing but padding.
+        *(Case(f"padding alone {route}", "dapo", padding=30, options={"route": route}) for route in ROUTES),
+        Case("padding alone, told where", "gspo", sizes=uneven, padding=40, told=True),
+        Case("nothing but very low logits", call="token_logprobs", sizes=UNEVEN[ranks][-1], extras=("low",)),
         Case("active rows", "psr", options={"statistics": "active", "compaction": "exact"}),
         Case("every row", "psr", options={"compaction": "none", "route": "one-pass"}),
     ]

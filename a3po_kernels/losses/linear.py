@@ -78,7 +78,8 @@ def linear_policy_loss(
             grad_hidden: as in linear_token_logprobs. Of a split head in one pass every chunk's statistics are gathered
             while the next one's logits are formed, and dHidden is summed while the weight's gradient is.
         max_chunk_bytes: as there; in one pass by default 1/32 of a GPU's memory, halved while that is more than half of
-            what is free. More chunks are slower, hold less, and sum the weight's gradient in another order.
+            what is free (not of a split head, whose ranks must cut the rows alike: on unequal cards give it). More
+            chunks are slower, hold less, and sum the weight's gradient in another order.
         route: "one-pass" forms the logits of a chunk of rows once, with their gradient in place; it needs all that a
             token's coefficients depend on in one chunk: nothing but the token, or whole rollouts (a rollout-wide ratio,
             a selection by the current policy), or the batch. Its gradient is scaled by the incoming one in backward,

@@ -18,7 +18,7 @@ from ..ops.min_p import min_p_rows_of
 from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
 from ..ops.token_logprobs import TokenStats, check_no_overlap, read_logits_shard, token_statistics
 from ..parallel.agreement import check_agreement
-from ..parallel.vocabulary import Split
+from ..parallel.vocabulary import Shard, Split
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .shaping import current_rules, shape
@@ -35,10 +35,14 @@ from .stages import (
 ROUTES = ("auto", "one-launch", "two-stage")
 
 
-def _why_two_stages(objective: Objective, batch: TokenBatch, logits: Tensor, split: bool) -> str | None:
+def _why_two_stages(
+    objective: Objective, batch: TokenBatch, logits: Tensor, columns: int, shard: Shard | None
+) -> str | None:
     """Why a token's gradient cannot be formed beside its statistics; None where it can."""
-    if split:
+    if shard is not None:
         return "a row's statistics are the ranks' together"
+    if columns < logits.shape[-1]:
+        return "vocab_size leaves columns of the logits out"
     obstacle = why_not_beside(objective)
     if obstacle is not None:
         return obstacle
@@ -132,7 +136,7 @@ def policy_loss(
         check_agreement(tp_group, locals())
     check_objective(objective)
     split = Split(tp_group, vocab_start)
-    logits, shard, vocabulary = read_logits_shard(
+    columns, shard, vocabulary = read_logits_shard(
         logits, targets, temperature, softcap, logit_scale, split, vocab_size, backend
     )
     expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
@@ -157,7 +161,7 @@ def policy_loss(
     assert batch.targets is not None
     flat_targets = batch.targets
     rows = as_rows(logits)
-    obstacle = _why_two_stages(objective, batch, logits, shard is not None)
+    obstacle = _why_two_stages(objective, batch, logits, columns, shard)
     if route == "one-launch" and obstacle is not None:
         raise ValueError(f"route='one-launch' is not possible here: {obstacle}")
     together = route == "one-launch" or (route == "auto" and obstacle is None and prefers_one_launch(rows, backend))
@@ -181,9 +185,10 @@ def policy_loss(
         stats, metrics = found
         return policy_output(batch, loss, stats, shaped.weights, metrics, "one-launch")
 
-    stats = token_statistics(rows, flat_targets, transform, inplace_backward, backend, shard)
+    stats = token_statistics(rows, flat_targets, transform, columns, inplace_backward, backend, shard)
     if objective.low_probability is not None and min_p_logprobs is None:
-        proxy = min_p_rows_of(rows, flat_targets, objective.low_probability.min_p, transform, backend, shard)
+        kappa = objective.low_probability.min_p
+        proxy = min_p_rows_of(rows[..., :columns], flat_targets, kappa, transform, backend, shard)
         batch = replace(batch, proxy=proxy)
     shaped = shape(objective, batch, stats, backend)
     scale = loss_scale(objective, batch, shaped.weights, backend)

@@ -266,7 +266,7 @@ def linear_token_logprobs(
     and dWeight are summed over tiles in fp32 and rounded once.
 
     Args:
-        hidden: [..., H], fp16, bf16, fp32 or fp64; row i predicts targets[i].
+        hidden: [..., H], fp16, bf16, fp32 or fp64; row i predicts targets[i]. [..., T, H] where the head is split.
         weight: [V, H]; frozen or tied weights need nothing special. Its gradient is in its own dtype, or in fp32 where
             `weight.grad_dtype` says so.
         targets: [...], int32 or int64; a row whose target is `ignore_index` has logp = H = 0 and gradient 0.
@@ -287,9 +287,10 @@ def linear_token_logprobs(
             synchronisation; if more have one, every gradient is NaN rather than wrong. On the CPU a number is "exact".
         tp_group: a torch.distributed group whose ranks share the vocabulary: weight, bias and lora's B are this rank's
             rows of it (none is fine), targets are global numbers, vocab_size, if given, is the whole vocabulary's, and
-            lora's A is the same on every rank. Everything else must be equal on all ranks. Four numbers a row are
-            gathered, so that every rank has the same statistics to the bit; the gradients of weight, bias and B stay
-            here, that of A is summed.
+            lora's A is the same on every rank. Everything else must be equal on all ranks, the incoming gradients too,
+            and backward run on all of them. Four numbers a row are gathered, so that every rank has the same statistics
+            to the bit; the gradients of weight, bias and B stay here, that of A is summed. Rows are cut into chunks as
+            if the parts were equal: a larger one takes more than max_chunk_bytes.
         vocab_start: the global number of weight's first row, or (first, stop) where the rows from stop on are padding;
             by default the ranks hold equal parts in rank order. Given without vocab_size, the ranks exchange their
             sizes, for which a GPU waits.

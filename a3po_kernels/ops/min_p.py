@@ -95,14 +95,14 @@ def min_p_token_logprobs(
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())
-    logits, shard, total = read_logits_shard(
+    columns, shard, total = read_logits_shard(
         logits, targets, 1.0, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
     )
     check_min_p(min_p)
     transform = Transform.of(1.0, softcap, logit_scale, ignore_index)
     check_targets(targets, total, ignore_index, validate)
-    flat = min_p_rows_of(as_rows(logits), targets.reshape(-1).contiguous(), min_p, transform, backend, shard)
-    return flat.view(targets.shape)
+    rows, flat = as_rows(logits)[..., :columns], targets.reshape(-1).contiguous()
+    return min_p_rows_of(rows, flat, min_p, transform, backend, shard).view(targets.shape)
 
 
 def min_p_rows_of(

@@ -36,18 +36,14 @@ def fold_statistics(
     """
     if targets.numel() and not logits.shape[-1]:
         assert state is not None and not last
-        _set_empty(state)
+        lowest = choose(backend, logits.device).empty_shift(state.dtype)
+        for values, value in zip(state, (lowest, 0.0, 0.0, torch.nan), strict=True):
+            values.fill_(value)
     elif targets.numel():
         choose(backend, logits.device).fold_statistics(
             logits, targets, transform, results, first_column=first_column, vocabulary=vocabulary, first=first,
             last=last, state=state,
         )  # fmt: skip
-
-
-def _set_empty(state: Tensor) -> None:
-    """The state [4, N] of no columns: nothing is below its shift, and the target is not there."""
-    for values, value in zip(state, (-1e38, 0.0, 0.0, torch.nan), strict=True):
-        values.fill_(value)
 
 
 def finish_statistics(
@@ -69,12 +65,23 @@ def empty_results(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
     return tuple(torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(4))
 
 
+def _columns_of(logits: Tensor, columns: int) -> Tensor:
+    return logits if columns == logits.shape[-1] else logits[..., :columns]
+
+
+def _clear_padding(gradient: Tensor, columns: int) -> None:
+    if columns < gradient.shape[-1]:
+        gradient[..., columns:] = 0.0
+
+
 @torch.library.custom_op("a3po::token_statistics", mutates_args=())
 def _token_statistics(
     logits: Tensor, targets: Tensor, temperature: Tensor | None, temperature_value: float, logit_scale: float,
-    softcap: float, ignore_index: int, inplace_backward: bool, backend: str, group: str, shard_numbers: list[int],
+    softcap: float, ignore_index: int, columns: int, inplace_backward: bool, backend: str, group: str,
+    shard_numbers: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, entropy, shift, log2_sum) [N] of logits [batch, rows, V], or of this rank's shard of the vocabulary."""
+    """(logp, entropy, shift, log2_sum) [N] of the first columns of logits [batch, rows, V], a vocabulary or a shard."""
+    logits = _columns_of(logits, columns)
     results = empty_results(logits, targets.numel())
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
     shard = Shard.of(group, "", shard_numbers)
@@ -112,14 +119,16 @@ def write_gradient(
 def _logits_gradient(
     logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
     grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
-    logit_scale: float, softcap: float, ignore_index: int, backend: str, first_column: int,
+    logit_scale: float, softcap: float, ignore_index: int, columns: int, backend: str, first_column: int,
 ) -> Tensor:  # fmt: skip
-    """dL/dz as a new contiguous tensor."""
+    """dL/dz as a new contiguous tensor, 0 behind the columns that take part."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
     write_gradient(
-        out, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend, first_column
-    )
+        _columns_of(out, columns), _columns_of(logits, columns), targets, shift, log_sum, entropy, grad_logp,
+        grad_entropy, transform, backend, first_column,
+    )  # fmt: skip
+    _clear_padding(out, columns)
     return out
 
 
@@ -132,13 +141,15 @@ def _(logits, *_):
 def _logits_gradient_(
     logits: Tensor, targets: Tensor, shift: Tensor, log_sum: Tensor, entropy: Tensor,
     grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: Tensor | None, temperature_value: float,
-    logit_scale: float, softcap: float, ignore_index: int, backend: str, first_column: int,
+    logit_scale: float, softcap: float, ignore_index: int, columns: int, backend: str, first_column: int,
 ) -> None:  # fmt: skip
     """The same, written over the logits."""
     transform = Transform(temperature, temperature_value, logit_scale, softcap, ignore_index)
+    here = _columns_of(logits, columns)
     write_gradient(
-        logits, logits, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend, first_column
+        here, here, targets, shift, log_sum, entropy, grad_logp, grad_entropy, transform, backend, first_column
     )
+    _clear_padding(logits, columns)
 
 
 _gradient_plainly = plainly(_logits_gradient)
@@ -147,20 +158,21 @@ _gradient_in_place = traced(_logits_gradient_)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index, inplace, backend = inputs[:9]
+    logits, targets, temperature, temperature_value, logit_scale, softcap, ignore_index, columns = inputs[:8]
+    inplace, backend, group, numbers = inputs[8:]
     _, entropy, shift, log_sum = output
     ctx.save_for_backward(logits, targets, temperature, shift, log_sum, entropy)
     ctx.mark_non_differentiable(shift, log_sum)
     ctx.set_materialize_grads(False)
-    shard = Shard.of(inputs[9], "", inputs[10])
+    shard = Shard.of(group, "", numbers)
     first_column = 0 if shard is None else shard.first
-    ctx.rest = (temperature_value, logit_scale, softcap, ignore_index, backend, first_column)
+    ctx.rest = (temperature_value, logit_scale, softcap, ignore_index, columns, backend, first_column)
     ctx.inplace = inplace
 
 
 def _backward(ctx, grad_logp, grad_entropy, *_):
     logits, targets, temperature, shift, log_sum, entropy = ctx.saved_tensors
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     if not ctx.needs_input_grad[0] or (grad_logp is None and grad_entropy is None):
         return None, *nothing
     arguments = (targets, shift, log_sum, entropy, grad_logp, grad_entropy, temperature, *ctx.rest)
@@ -220,7 +232,7 @@ def token_logprobs(
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())
-    logits, shard, total = read_logits_shard(
+    columns, shard, total = read_logits_shard(
         logits, targets, temperature, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
     )
     if inplace_backward and logits.requires_grad:
@@ -229,29 +241,31 @@ def token_logprobs(
     check_targets(targets, total, ignore_index, validate)
     check_temperature(temperature, targets != ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
-    stats = token_statistics(as_rows(logits), flat, transform, inplace_backward, backend, shard)
+    stats = token_statistics(as_rows(logits), flat, transform, columns, inplace_backward, backend, shard)
     return TokenStats(stats.logprobs.view(targets.shape), stats.entropy.view(targets.shape))
 
 
 def read_logits_shard(
     logits: Tensor, targets: Tensor, temperature: object, softcap: object, logit_scale: object, split: Split,
     vocab_size: int | None, backend: str,
-) -> tuple[Tensor, Shard | None, int]:  # fmt: skip
-    """Checks logits and their transform; gives the columns that take part, the shard, and the whole vocabulary."""
+) -> tuple[int, Shard | None, int]:  # fmt: skip
+    """Checks logits and their transform; gives how many columns take part, the shard, and the whole vocabulary."""
     check_rows(logits, targets, temperature, softcap, logit_scale, empty=split.tp_group is not None)
     refuse_tangents(logits=logits)
     check_backend(backend, logits.device)
     shard, columns = read_split(split, logits.shape[-1], vocab_size, logits.device, runs_plainly(logits), "the columns")
-    logits = logits if columns == logits.shape[-1] else logits[..., :columns]
-    return logits, shard, columns if shard is None else shard.total
+    return columns, shard, columns if shard is None else shard.total
 
 
 def token_statistics(
-    rows: Tensor, targets: Tensor, transform: Transform, inplace_backward: bool, backend: str, shard: Shard | None
-) -> TokenStats:
+    rows: Tensor, targets: Tensor, transform: Transform, columns: int, inplace_backward: bool, backend: str,
+    shard: Shard | None,
+) -> TokenStats:  # fmt: skip
     """token_logprobs after its checks, of logits [batch, rows, V] and flat targets [N]; flat [N]."""
     group, _, numbers = Shard.flat(shard)
-    logp, entropy, _, _ = _statistics_plainly(rows, targets, *transform, inplace_backward, backend, group, numbers)
+    logp, entropy, _, _ = _statistics_plainly(
+        rows, targets, *transform, columns, inplace_backward, backend, group, numbers
+    )
     return TokenStats(logp, entropy)
 
 

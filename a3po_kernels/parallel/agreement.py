@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,32 +12,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.operators import runs_plainly
+from ..core.tiles import default_chunk_bytes
 from .vocabulary import check_group
 
 # Arguments of which each rank has its own part, in this dimension.
 _PARTS = {"weight": 0, "bias": 0, "main_grad": 0, "logits": -1}
+# Compared by shape, dtype and whether they want a gradient; the contents of other tensors are compared too.
 _LEAVES = ("hidden", "weight", "bias", "logits")
+_DEPTH = 10  # of functions and objects within one another
 
 
 def check_agreement(group: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError on every rank of `group` if the ranks' arguments differ, naming what and how.
+    """Raises ValueError on every rank of `group` if the ranks' calls differ, naming what and how.
 
-    Tensors are compared by shape and dtype, other values as they are, functions by name. Where vocab_start is given the
-    ranks' parts may be of different sizes, and must be the vocabulary together.
+    arguments: those of the call by name. Compared are shapes and dtypes; the contents of what every rank has whole, but
+    for the hidden states; numbers, words, objectives, functions by name with their parameters; what wants a gradient;
+    autocast; and the memory that decides how rows are cut. Where vocab_start is given the ranks' parts may be of
+    different sizes, and must be the vocabulary together. In what is compiled or traced nothing is compared.
     """
+    held = arguments.get("weight", arguments.get("logits"))
     if dist.get_world_size(check_group("tp_group", group)) == 1:
+        return
+    device = held.device if isinstance(held, Tensor) else torch.device("cpu")
+    if isinstance(held, Tensor) and not runs_plainly(held):
         return
     cut = arguments.get("vocab_start") is not None
     facts = {name: _fact(name, value, cut) for name, value in arguments.items() if name != "tp_group"}
-    hashes = [_hash(fact) for fact in facts.values()]
-    bounds = _bounds(arguments)
-    mine = torch.tensor([_hash(" ".join(facts)), *bounds, *hashes], dtype=torch.int64, device=_device(arguments))
+    facts |= _surroundings(device)
+    mine = torch.tensor(
+        [_hash(" ".join(facts)), *_bounds(arguments), *map(_hash, facts.values())], dtype=torch.int64, device=device
+    )
     each = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(each, mine, group=group)
     table = torch.stack(each).tolist()
-    different = [name for at, name in enumerate(facts, start=3) if len({row[at] for row in table}) > 1]
     if len({row[0] for row in table}) > 1:
         raise ValueError("the ranks of tp_group make different calls")
+    different = [name for at, name in enumerate(facts, start=3) if len({row[at] for row in table}) > 1]
     if different:
         told: list[Any] = [None] * len(each)
         dist.all_gather_object(told, {name: facts[name] for name in different}, group=group)
@@ -45,20 +57,18 @@ def check_agreement(group: Any, arguments: Mapping[str, Any]) -> None:
             for name in different
         )
         raise ValueError(f"the ranks of tp_group disagree: {said}")
-    starts = [tuple(row[1:3]) for row in table]
-    if all(first >= 0 for first, _ in starts):
+    if cut:
         size = arguments.get("vocab_size")
-        _check_parts(starts, size if isinstance(size, int) else None)
-    elif any(first >= 0 for first, _ in starts):
-        raise ValueError("vocab_start was given on some ranks of tp_group and not on others")
+        _check_parts([(row[1], row[2]) for row in table], size if isinstance(size, int) else None)
 
 
 def _check_parts(bounds: list[tuple[int, int]], size: int | None) -> None:
     """Raises ValueError unless the parts, in some order, are [0, size) with nothing twice and nothing missing."""
     filled = sorted((first, stop if size is None else min(stop, size)) for first, stop in bounds)
-    filled = [(first, stop) for first, stop in filled if stop > first]
     at = 0
     for first, stop in filled:
+        if stop <= first:
+            continue
         if first != at:
             kind = "both have" if first < at else "none has"
             raise ValueError(
@@ -71,16 +81,27 @@ def _check_parts(bounds: list[tuple[int, int]], size: int | None) -> None:
 
 
 def _bounds(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """(first, stop) of this rank's part, (-1, -1) where vocab_start does not say."""
+    """(first, stop) of this rank's part, (0, 0) where vocab_start does not say."""
     start, held = arguments.get("vocab_start"), arguments.get("weight", arguments.get("logits"))
-    if isinstance(start, tuple) and len(start) == 2:
+    if isinstance(start, tuple) and len(start) == 2 and all(isinstance(x, int) for x in start):
         return start
-    if not isinstance(start, int) or not isinstance(held, Tensor):
-        return -1, -1
+    if not isinstance(start, int) or not isinstance(held, Tensor) or not held.ndim:
+        return 0, 0
     return start, start + held.shape[0 if "weight" in arguments else -1]
 
 
-def _fact(name: str, value: Any, cut: bool = False) -> str:
+def _surroundings(device: torch.device) -> dict[str, str]:
+    """What a call depends on besides its arguments."""
+    kind = device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return {
+        "grad mode": "on" if torch.is_grad_enabled() else "off",
+        "autocast": str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if autocast else "off",
+        "the default of max_chunk_bytes": str(default_chunk_bytes(device, one_pass=True, agreed=True)),
+    }
+
+
+def _fact(name: str, value: Any, cut: bool = False, depth: int = 0) -> str:
     """What must be the same on every rank. cut: whether the ranks' parts may be of different sizes."""
     if name == "vocab_start":
         return "None" if value is None else "given"
@@ -88,27 +109,45 @@ def _fact(name: str, value: Any, cut: bool = False) -> str:
         a, b, scale = value
         return f"({_fact('hidden', a)}, {_fact('weight', b, cut)}, {scale!r})"
     if isinstance(value, Tensor):
-        shape = [str(size) for size in value.shape]
-        if cut and name in _PARTS and shape:
-            shape[_PARTS[name]] = "*"
-        wants = "" if name not in _LEAVES else " with a gradient" if value.requires_grad else " without a gradient"
-        return f"[{', '.join(shape)}] {str(value.dtype).removeprefix('torch.')}{wants}"
+        return _tensor_fact(name, value, cut)
+
+    def inner(part: Any) -> str:
+        return _fact("", part, depth=depth + 1) if depth < _DEPTH else type(part).__name__
+
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_fact('', value[key])}" for key in sorted(value)) + "}"
+        return "{" + ", ".join(f"{key}: {inner(value[key])}" for key in sorted(value, key=str)) + "}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (f"{field.name}={_fact('', getattr(value, field.name))}" for field in dataclasses.fields(value))
+        fields = (f"{field.name}={inner(getattr(value, field.name))}" for field in dataclasses.fields(value))
         return f"{type(value).__name__}({', '.join(fields)})"
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(_fact('', x) for x in value)})"
+        return f"({', '.join(map(inner, value))})"
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(map(inner, (value.func, value.args, value.keywords)))})"
     if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+        parameters = [*(getattr(value, "__defaults__", None) or ()), getattr(value, "__kwdefaults__", None) or {}]
+        parameters += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        if not hasattr(value, "__qualname__"):  # an object: its attributes decide
+            parameters.append(getattr(value, "__dict__", {}))
+            value = type(value)
+        given = ", ".join(inner(part) for part in parameters if part != {})
+        return f"{value.__module__}.{value.__qualname__}" + (f" with {given}" if given else "")
     return repr(value)
+
+
+def _tensor_fact(name: str, value: Tensor, cut: bool) -> str:
+    shape = [str(size) for size in value.shape]
+    if cut and name in _PARTS and shape:
+        shape[_PARTS[name]] = "*"
+    text = f"[{', '.join(shape)}] {str(value.dtype).removeprefix('torch.')}"
+    if name in _LEAVES:
+        return f"{text} with{'' if value.requires_grad else 'out'} a gradient"
+    if name in _PARTS:
+        return text
+    held = value.detach().cpu().contiguous()
+    text += f" {held.item()}" if not held.ndim else ""
+    contents = hashlib.blake2b(held.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=4).hexdigest()
+    return f"{text} of contents {contents}"
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def _device(arguments: Mapping[str, Any]) -> torch.device:
-    tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
-    return tensors[0].device if tensors else torch.device("cpu")

@@ -184,10 +184,10 @@ def gather_hidden(hidden: Tensor, shard: Shard, split: Split) -> tuple[Tensor, S
 
 def check_group(name: str, group: object) -> dist.ProcessGroup:
     """The group; raises TypeError or ValueError unless it is one that this rank is in."""
+    if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} must be a group that this rank, {dist.get_rank()}, is in; it is not")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{name} must be a torch.distributed process group; got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"{name} must be a group that this rank ({dist.get_rank()}) is in; it is not")
     return group
 
 
@@ -207,24 +207,28 @@ def read_split(
     group = check_group("tp_group", split.tp_group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     first, stop = _read_start(split.vocab_start, rank * rows, rows, what)
-    if vocab_size is not None:
-        _check_size(vocab_size)
-        stop = max(min(stop, vocab_size), first)
     if ranks == 1:
         if first:
             raise ValueError(f"vocab_start must be 0 in a group of one rank, which has the vocabulary; got {first}")
-        return None, stop
+        if not stop:
+            raise ValueError(f"{what} must be at least one in a group of one rank, which has the vocabulary; got 0")
+        return None, _local_size(vocab_size, stop, what)
+    if vocab_size is not None:
+        _check_size(vocab_size)
+        if split.vocab_start is None and vocab_size > ranks * rows:
+            raise ValueError(f"vocab_size must lie in [1, {ranks * rows}], {what} of all ranks; got {vocab_size}")
     if split.vocab_start is None:
         common, total = rows, vocab_size or ranks * rows
     elif vocab_size is not None:
         common, total = -(-vocab_size // ranks), vocab_size
     elif not may_read:
-        raise ValueError("vocab_start needs vocab_size, the whole vocabulary's, in what is compiled or traced")
+        raise ValueError("vocab_start needs vocab_size, the whole vocabulary's, in what is compiled or captured")
     else:
         common, total = _agree(stop - first, stop, group, device)
-    if first > total:
-        raise ValueError(f"vocab_start must lie in [0, {total}], the vocabulary; got {first}")
-    return Shard(group.group_name, split.grad_hidden or "all_reduce", first, max(common, 1), total, 1), stop - first
+    # What lies behind the vocabulary is padding: a rank may have nothing else.
+    first, stop = min(first, total), min(stop, total)
+    shard = Shard(group.group_name, split.grad_hidden or "all_reduce", first, max(common, 1), total, 1)
+    return shard, stop - first
 
 
 def _check_words(split: Split) -> None:
@@ -257,14 +261,14 @@ def _local_size(vocab_size: int | None, rows: int, what: str) -> int:
     return vocab_size
 
 
-def _read_start(given: object, default: int, rows: int, what: str) -> tuple[int, int]:
+def _read_start(given: Any, default: int, rows: int, what: str) -> tuple[int, int]:
     """(first, stop) of a rank's part: vocab_start is the first, or both where padding follows."""
     if given is None:
         return default, default + rows
-    both = given if isinstance(given, tuple) else (given,)
-    if len(both) not in (1, 2) or any(isinstance(x, bool) or not isinstance(x, int) for x in both):
+    numbers = given if isinstance(given, tuple) and len(given) == 2 else (given,)
+    if any(isinstance(x, bool) or not isinstance(x, int) for x in numbers):
         raise TypeError(f"vocab_start must be an integer, or a tuple (first, stop) of them; got {given!r}")
-    first, stop = both[0], both[-1] if len(both) == 2 else both[0] + rows
+    first, stop = numbers[0], numbers[1] if len(numbers) == 2 else numbers[0] + rows
     if not 0 <= first <= stop <= first + rows:
         raise ValueError(
             f"vocab_start must be at least 0 and its end at most {rows} further, {what}; got {given!r}"

@@ -15,14 +15,18 @@ class Buffers:
         self.u, self.t, self.e = (Scratch(work.step + 1, work.columns, work.logits, dtype) for _ in range(3))
 
 
+def empty_shift(dtype: torch.dtype) -> float:
+    """Where a row's largest capped logit starts: finite, so that nothing but -inf sums to 0 instead of NaN."""
+    return torch.finfo(dtype).min
+
+
 def chunk_statistics(
     u: torch.Tensor, k: torch.Tensor | float, buffers: Buffers
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(shift, sum of 2^t, sum of 2^t t) of capped logits u [n, V]; leaves 2^t t and 2^t in the buffers t and e."""
     n = u.shape[0]
     at_least_two = max(n, 2)
-    # A finite shift: a tile of nothing but -inf then sums to 0 instead of NaN.
-    m = u.amax(-1, keepdim=True).clamp_min_(torch.finfo(u.dtype).min)
+    m = u.amax(-1, keepdim=True).clamp_min_(empty_shift(u.dtype))
     t, e = buffers.t.rows(n), buffers.e.rows(n)
     torch.sub(u, m, out=t).mul_(k).clamp_min_(exponent_floor(t.dtype))
     e.copy_(t)

@@ -10,6 +10,7 @@ on nothing but what it holds. Programs that take a part of a row each were slowe
 Every product that is added is written as an fma, since what a compiler fuses may differ from kernel to kernel.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -198,6 +199,11 @@ def row_statistics_kernel(
         base, target, state_ptr, shift, total, dot, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, row, n_columns,
         column_stride, k, scale, cap, first_column, state_stride, HAS_SOFTCAP, FIRST, LAST, COMPUTE,
     )  # fmt: skip
+
+
+def empty_shift(dtype: torch.dtype) -> float:
+    """Where a row's largest exponent starts."""
+    return LOWEST.value
 
 
 def fold_statistics(
