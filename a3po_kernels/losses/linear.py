@@ -104,7 +104,7 @@ def linear_policy_loss(
     check_objective(objective)
     split = Split(tp_group, vocab_start, hidden_layout, grad_hidden)
     head, shape_of_rows = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype, split)
-    if hidden.ndim != (3 if cu_seqlens is None else 2):
+    if len(shape_of_rows) != (2 if cu_seqlens is None else 1):
         expected = "[N, H] with cu_seqlens" if cu_seqlens is not None else "[B, T, H]"
         hint = "; packed hidden states [N, H] need cu_seqlens" if cu_seqlens is None and hidden.ndim == 2 else ""
         raise ValueError(f"hidden must have shape {expected}; got {list(hidden.shape)}{hint}")
@@ -127,10 +127,10 @@ def linear_policy_loss(
     )  # fmt: skip
     assert batch.targets is not None
     flat_targets = batch.targets
-    chosen = read_compaction(compaction, hidden, backend)
+    chosen = read_compaction(compaction, head.hidden, backend)
     if chosen > 0 and route == "one-pass":
         raise ValueError("route='one-pass' takes compaction 'exact' or 'none'; a number of rows needs 'recompute'")
-    plain = runs_plainly(hidden)
+    plain = runs_plainly(head.hidden)
     if route == "one-pass" and not plain:
         raise ValueError("route='one-pass' is not possible in what is compiled or traced; 'auto' takes 'recompute'")
     if plan is not None and (chosen > 0 or compaction == "none"):

@@ -130,7 +130,7 @@ def policy_loss(
     check_objective(objective)
     split = Split(tp_group, vocab_start)
     logits, shard, vocabulary = read_logits_shard(
-        logits, targets, temperature, softcap, logit_scale, split, vocab_size, backend
+        logits, targets, temperature, softcap, logit_scale, split, vocab_size, backend, inplace_backward
     )
     expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
     if logits.ndim != (3 if cu_seqlens is None else 2):

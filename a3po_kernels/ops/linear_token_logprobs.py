@@ -313,7 +313,7 @@ def linear_token_logprobs(
     check_targets(targets, head.total, ignore_index, validate)
     check_temperature(temperature, targets != ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
-    backward_rows = read_compaction(compaction, hidden, backend)
+    backward_rows = read_compaction(compaction, head.hidden, backend)
     forward_rows, rows = (EXACT if backward_rows == EXACT else EVERY), None
     if compaction == "auto" and backward_rows == EXACT and hidden.device.type != "cpu":
         # One wait: the rows of backward are those of forward.

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..backends import check_backend, choose
 from ..core.autograd import final, refuse_tangents
-from ..core.checks import as_rows, check_rows, check_temperature, compute_dtype
+from ..core.checks import as_rows, check_rows, check_temperature, compute_dtype, is_dtensor
 from ..core.operators import plainly, plainly_differentiable, reads_values, runs_plainly, traced
 from ..core.transform import Transform
+from ..parallel.dtensor import read_logits_dtensor, wait_for
 from ..parallel.vocabulary import Shard, Split, read_split
 
 
@@ -216,8 +217,9 @@ def token_logprobs(
         RuntimeError: on a double backward, which is not implemented.
     """
     logits, shard, total = read_logits_shard(
-        logits, targets, temperature, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
-    )
+        logits, targets, temperature, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend,
+        inplace_backward,
+    )  # fmt: skip
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
@@ -230,9 +232,14 @@ def token_logprobs(
 
 def read_logits_shard(
     logits: Tensor, targets: Tensor, temperature: object, softcap: object, logit_scale: object, split: Split,
-    vocab_size: int | None, backend: str,
+    vocab_size: int | None, backend: str, inplace_backward: bool = False,
 ) -> tuple[Tensor, Shard | None, int]:  # fmt: skip
     """Checks logits and their transform; gives the columns that take part, the shard, and the whole vocabulary."""
+    if is_dtensor(logits):
+        if inplace_backward and logits.requires_grad:
+            raise ValueError("inplace_backward takes no DTensor: autograd does not notice that its logits are spoilt")
+        logits, vocab_size, split = read_logits_dtensor(logits, vocab_size, split)
+    logits = wait_for(logits)
     check_rows(logits, targets, temperature, softcap, logit_scale, empty=split.tp_group is not None)
     refuse_tangents(logits=logits)
     check_backend(backend, logits.device)
