@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +183,11 @@ def test_what_is_refused(ranks):
         assert len(messages) >= 38
         for name, (got, expected) in messages.items():
             assert re.search(expected, got), f"{name}: {got}"
+
+
+def test_nothing_imports_dtensors_before_one_is_met():
+    """At the top of a module, that is; PyTorch itself may have imported them."""
+    root = Path(ak.__file__).parent
+    for path in root.rglob("*.py"):
+        if path.parent.name != "integrations":
+            assert not re.search(r"^(from|import) torch\.distributed\.tensor", path.read_text(), re.MULTILINE), path

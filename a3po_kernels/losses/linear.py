@@ -72,7 +72,8 @@ def linear_policy_loss(
     """policy_loss of the logits hidden @ weight.T + bias, which never exist as a whole.
 
     Args:
-        hidden: [B, T, H], or [N, H] with cu_seqlens; row i predicts targets[i].
+        hidden: [B, T, H], or [N, H] with cu_seqlens; row i predicts targets[i]. It and weight may be DTensors, the rest
+            may not; what the loss is then of is this rank's rows.
         weight, bias, vocab_size, lora, main_grad, compaction, head_dtype, tp_group, vocab_start, hidden_layout,
             grad_hidden: as in linear_token_logprobs. Of a split head in one pass every chunk's statistics are gathered
             while the next one's logits are formed, and dHidden is summed while the weight's gradient is.

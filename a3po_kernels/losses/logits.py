@@ -88,7 +88,7 @@ def policy_loss(
     rows hold never matters. All statistics are fp32, or fp64 for fp64 logits.
 
     Args:
-        logits: fp16, bf16, fp32 or fp64, any strides.
+        logits: fp16, bf16, fp32 or fp64, any strides; or a DTensor, as in token_logprobs.
         targets: per token, int32 or int64, already shifted: row i of the logits predicts targets[i].
         advantages: per rollout [B] or [S], or per token; per rollout wins where both fit.
         objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed.

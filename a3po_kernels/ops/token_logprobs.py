@@ -194,13 +194,16 @@ def token_logprobs(
     logp = x[target] - log sum exp x and H = -sum p log p, in nats. Statistics are fp32, or fp64 for fp64 logits.
 
     Args:
-        logits: [..., V], fp16, bf16, fp32 or fp64, any strides; row i predicts targets[i] (nothing is shifted).
+        logits: [..., V], fp16, bf16, fp32 or fp64, any strides; row i predicts targets[i] (nothing is shifted). Or a
+            DTensor, whose gradient is one placed as it is: Shard(-1) over one dimension of its mesh gives tp_group,
+            vocab_start and vocab_size; over others it is Replicate or a Shard of its rows, and targets are this rank's.
         targets: [...], int32 or int64. A row whose target is `ignore_index` is not computed: logp = H = 0, gradient 0.
         temperature: a number, a 0-d tensor, or one per token [...].
         softcap: bound of a tanh softcap, or None.
         logit_scale: multiplies the logits before the softcap.
         inplace_backward: lets backward write the gradient over the logits. It saves a tensor of the logits' size; the
-            logits are spoilt afterwards (autograd notices if something else still needed them).
+            logits are spoilt afterwards (autograd notices if something else still needed them; of a DTensor it would
+            not, so that is refused).
         tp_group, vocab_start, vocab_size: where the logits are this rank's columns of a vocabulary that the ranks of a
             torch.distributed group share, as in linear_token_logprobs; targets are global numbers. Every rank gets the
             same statistics, by one all-gather of four numbers a row, and the gradient of its own columns.

@@ -6,6 +6,8 @@ the weight is replicated and the rows are not is data parallel: each rank's grad
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,16 +166,23 @@ def _refuse_whole(name: str, tensor: DTensor, split: Split) -> None:
         raise ValueError(f"tp_group says that {name} is a part of the vocabulary, and it is {describe(tensor)}")
 
 
+def _module_states() -> list[Any]:
+    """What FSDP2 keeps beside each of its modules; PyTorch has no public way to it."""
+    from torch.distributed import _composable_state
+
+    found = getattr(_composable_state, "_module_state_mapping", None)
+    if found is None:
+        warnings.warn("this PyTorch does not tell which DTensors are FSDP2's shards: give none as weight", stacklevel=2)
+    return [state() if isinstance(state, weakref.ref) else state for state in (found or {}).values()]
+
+
 def fsdp_shards(tensor: DTensor) -> bool:
     """Whether a DTensor is, or is a view of, the shard that FSDP2 keeps of a parameter outside its module's forward.
 
     It looks as a head that is split over tensor-parallel ranks does, and its ranks have different rows.
     """
-    from torch.distributed import _composable_state as composable
-
     address = _arrived(tensor).untyped_storage().data_ptr()
-    for reference in list(composable._module_state_mapping.values()):
-        state = reference()
+    for state in _module_states():
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for held in (held for group in groups if group is not None for held in group.fsdp_params):
             kept = held.sharded_param
