@@ -358,8 +358,8 @@ def order() -> dict[str, list[str]]:
             patch.setattr(vocabulary.HiddenSum, "finish", noting("finish", vocabulary.HiddenSum.finish))
             patch.setattr(linear_head._Sum, "add", noting("dWeight", linear_head._Sum.add))
             patch.setattr(linear_head.Logits, "tile", noting("logits", linear_head.Logits.tile))
-            given = arguments(dist.get_rank()) | {"objective": a3po_kernels.dapo(), "route": route, **options}
-            a3po_kernels.linear_policy_loss(**given).loss.backward()
+            step = arguments(dist.get_rank()) | {"objective": a3po_kernels.dapo(), "route": route, **options}
+            a3po_kernels.linear_policy_loss(**step).loss.backward()
         found[route] = seen
     return found
 

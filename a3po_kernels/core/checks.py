@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +28,37 @@ def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
     return len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
 
 
+def _is_of(value: object, module: str, kind: str) -> bool:
+    """Whether it is of a class of a module, which has been imported if it is."""
+    if value is None or type(value) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    found = sys.modules.get(module)
+    return found is not None and isinstance(value, getattr(found, kind))
+
+
+def is_dtensor(value: object) -> bool:
+    return _is_of(value, "torch.distributed.tensor", "DTensor")
+
+
+def is_on_its_way(value: object) -> bool:
+    """Whether it is what a collective gives that nobody has waited for, as tensor-parallel layers do."""
+    return _is_of(value, "torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+
+
+def refuse_dtensor(name: str, value: Any) -> None:
+    """Raises TypeError for a DTensor: its values here are a part, or are others' too."""
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor {list(value.placements)}: give its local tensor, what this "
+            "rank has of it"
+        )
+
+
 def check_tensor(name: str, tensor: object, shape: tuple[int, ...] | None = None, dtypes=None, device=None) -> None:
     """Raises TypeError or ValueError that names the argument, what it got and what it takes."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    refuse_dtensor(name, tensor)
     if dtypes is not None and tensor.dtype not in dtypes:
         takes = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {takes}; got {tensor.dtype}")
@@ -62,6 +90,7 @@ def check_transform(temperature: object, softcap: object, logit_scale: object, r
     if not isinstance(temperature, torch.Tensor):
         check_positive("temperature", temperature)
         return
+    refuse_dtensor("temperature", temperature)
     check_floating("temperature", temperature)
     if temperature.ndim and not same_shape(temperature.shape, rows_shape):
         raise ValueError(f"temperature must be 0-d or of shape {list(rows_shape)}; got {list(temperature.shape)}")

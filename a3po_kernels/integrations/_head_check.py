@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ._split_head import like_weight, product, whole
 
 REFUSED = (
     "the model transforms its logits in a way that is not supported (swap_head runs a computation of yours in the "
@@ -33,12 +34,9 @@ def check_product(own: Callable[[Tensor], Any], hidden: Tensor, head: Mapping[st
     width = hidden.shape[-1]
     rows = torch.arange(2 * width, device=hidden.device).cos().view(1, 2, width)
     rows = (rows * rows.new_tensor([1.0, 3.0]).view(1, 2, 1)).to(hidden.dtype)
-    weight, bias, lora = head["weight"], head["bias"], head["lora"]
-    ours = F.linear(rows.to(weight.dtype), weight, bias)
-    if lora is not None:
-        a, b, scale = lora
-        ours = ours + scale * F.linear(F.linear(rows.to(a.dtype), a), b)
-    theirs = own(rows)
+    weight = head["weight"]
+    ours = product(rows, head)
+    theirs = whole(own(like_weight(rows, weight)))
     if not isinstance(theirs, Tensor) or theirs.shape[:-1] != ours.shape[:-1] or theirs.shape[-1] < ours.shape[-1]:
         got = list(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
         raise ValueError(f"the head of {name} gives {got} for hidden states of shape {list(rows.shape)}: {REFUSED}")

@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import is_dtensor
 from ._head_check import check_product, check_transform, probe
+from ._split_head import check_split, from_hooks, to_hooks
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -64,8 +66,8 @@ def head_keywords(model: nn.Module) -> dict[str, Any]:
     """The head as keywords of linear_policy_loss: weight, bias, lora, softcap, logit_scale.
 
     Raises:
-        ValueError, TypeError: for a head that is no plain linear layer with at most one LoRA adapter: quantised or
-            sharded weights, DoRA, adapters with dropout in training, several adapters at once.
+        ValueError, TypeError: for a head that is no plain linear layer with at most one LoRA adapter: quantised
+            weights, DoRA, adapters with dropout in training, several adapters at once.
     """
     layer, lora = _without_adapter(head_module(model))
     config = unwrap(model).config.get_text_config()
@@ -169,7 +171,8 @@ class _Switch:
         self.compute: Callable[[Tensor], Any] | None = None
         self.results: list[Any] = []
         self.vocabulary = 0
-        self.output: Tensor | None = None  # what forward gave, before the module's hooks
+        self.output: Tensor | None = None  # what forward gave, before the module's hooks, flat
+        self.mesh: Any = None  # of the hidden states, where the module's hooks made them a DTensor
         self.watch = False  # whether hooks that change it are looked for, which waits
         self.checked: set[tuple] = set()
 
@@ -184,15 +187,17 @@ class _Switch:
         self.results.append(result)
         # The module's output is what a gradient may come back through.
         parts = [value.reshape(-1) for value in _differentiable(result)]
-        output = torch.cat(parts).view(1, 1, -1) if parts else hidden.new_ones(1, 1, 1)
+        output = torch.cat(parts) if parts else torch.ones(1, dtype=hidden.dtype, device=hidden.device)
         self.output = output.detach()
-        return output
+        self.mesh = hidden.device_mesh if is_dtensor(hidden) else None  # type: ignore[attr-defined]
+        return to_hooks(output.view(1, 1, -1), self.mesh)
 
     @torch.compiler.disable
     def after_hooks(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Takes the last result's tensors from the module's output, on which wrappers have put their hooks (FSDP2's
         gathers the weight again before backward), and gives the model the probe."""
         assert self.output is not None, "outside swap_head the head has no hook of ours"
+        output = from_hooks(output, self.output.numel(), self.mesh)
         if output.dtype != self.output.dtype:
             raise ValueError(
                 f"a forward hook of the head casts its output to {output.dtype}, which rounds log-probs so: have none "
@@ -201,7 +206,7 @@ class _Switch:
         if self.watch and not torch.equal(output, self.output):
             raise ValueError("a forward hook of the head changes its output, which is not supported")
         tensors = _differentiable(self.results[-1])
-        pieces = output.view(-1).split([value.numel() for value in tensors]) if tensors else ()
+        pieces = output.split([value.numel() for value in tensors]) if tensors else ()
         views = [piece.view(value.shape) for piece, value in zip(pieces, tensors, strict=True)]
         self.results[-1] = _with_tensors(self.results[-1], views)
         return _Probe.apply(output, self.vocabulary)
@@ -210,17 +215,14 @@ class _Switch:
 _switches: WeakKeyDictionary[nn.Module, _Switch] = WeakKeyDictionary()
 
 
-def _check_weight(weight: Tensor, hidden: Tensor) -> None:
-    if hasattr(weight, "full_tensor"):
-        raise ValueError(
-            f"the head's weight is a DTensor ({weight.placements}) inside its own forward: a head that is split "  # type: ignore[attr-defined]
-            "over the vocabulary needs a vocabulary-parallel loss, which does not exist yet"
-        )
+def _check_weight(hidden: Tensor, head: dict[str, Any]) -> None:
+    weight = head["weight"]
     if weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(
             f"the head's weight has shape {list(weight.shape)} inside its own forward, for hidden states of width "
-            f"{hidden.shape[-1]}: it is sharded in a way that is not supported (FSDP2 is)"
+            f"{hidden.shape[-1]}: it is sharded in a way that is not supported (FSDP2 is, and tensor parallelism)"
         )
+    check_split(hidden, head)
 
 
 @contextmanager
@@ -233,7 +235,7 @@ def _swapped(model: nn.Module, compute: Callable[[Tensor, dict[str, Any], _Switc
 
     def run(hidden: Tensor) -> Any:
         head = head_keywords(model)  # inside the module's own hooks, which may have gathered or replaced its weight
-        _check_weight(head["weight"], hidden)
+        _check_weight(hidden, head)
         switch.vocabulary = _without_adapter(module)[0].weight.shape[0]  # type: ignore[assignment, index]
         return compute(hidden.to(head["weight"].device), head, switch)
 
@@ -245,7 +247,7 @@ def _swapped(model: nn.Module, compute: Callable[[Tensor, dict[str, Any], _Switc
         yield switch
     finally:
         # Nothing is kept that holds the module: it is the weak key.
-        switch.own = switch.compute = switch.output = None
+        switch.own = switch.compute = switch.output = switch.mesh = None
         switch.watch = False
         handle.remove()
         if had:
@@ -270,12 +272,14 @@ def swap_head(model: nn.Module, compute: Callable[..., Any]) -> Iterator[list[An
     policy_loss_from_model and token_logprobs_from_model do.
 
     Args:
-        model: a transformers causal LM, also inside PEFT, DistributedDataParallel, FSDP2 or torch.compile.
+        model: a transformers causal LM, also inside PEFT, DistributedDataParallel, FSDP2 or torch.compile, or with a
+            tensor-parallel plan, with FSDP2 on top or not; all tensor-parallel ranks get the same batch.
         compute: takes the hidden states [B, T, H] that would enter the head and the keywords weight [V, H], bias, lora,
             softcap and logit_scale as linear_policy_loss spells them.
 
     Raises:
-        TypeError, ValueError: for a head that cannot be read: quantised, a DTensor, an adapter other than LoRA.
+        TypeError, ValueError: for a head that cannot be read: quantised, an adapter other than LoRA, a DTensor that is
+            not split as tensor parallelism splits a head.
     """
     with _swapped(model, lambda hidden, head, switch: compute(hidden, **head)) as switch:
         yield switch.results

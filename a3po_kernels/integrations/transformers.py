@@ -115,8 +115,9 @@ def policy_loss_from_model(
     """linear_policy_loss of a causal LM's responses: one forward of the model, and no logits.
 
     The head's weight, bias, LoRA adapter, softcap and logit scale are the model's own. The model may be tied, have PEFT
-    adapters, checkpoint its gradients, and be wrapped in DistributedDataParallel, FSDP2 or torch.compile. That its
-    logits are what was read is checked in the first forward, here and in the functions below, which waits for a GPU.
+    adapters, checkpoint its gradients, have a tensor-parallel plan (of whose ranks all get the same batch), and be
+    wrapped in DistributedDataParallel, FSDP2 or torch.compile. That its logits are what was read is checked in the
+    first forward, here and in the functions below, which waits for a GPU.
 
     Args:
         model: a transformers causal LM.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_floating, check_temperature
+from ..core.checks import check_floating, check_temperature, refuse_dtensor
 from ..core.layout import TokenLayout
 from ..core.operators import reads_values
 from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
@@ -167,6 +167,7 @@ def reads_old_entropy(objective: Objective) -> bool:
 def _check_scalar(name: str, value: object, device: torch.device) -> None:
     """Raises TypeError or ValueError unless value is a number or a 0-d tensor on the device."""
     if isinstance(value, Tensor):
+        refuse_dtensor(name, value)
         if value.ndim:
             raise ValueError(f"{name} must be a number or a 0-d tensor; got shape {list(value.shape)}")
         if value.device != device and value.device.type != "cpu":

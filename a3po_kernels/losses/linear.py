@@ -73,7 +73,8 @@ def linear_policy_loss(
     """policy_loss of the logits hidden @ weight.T + bias, which never exist as a whole.
 
     Args:
-        hidden: [B, T, H], or [N, H] with cu_seqlens; row i predicts targets[i].
+        hidden: [B, T, H], or [N, H] with cu_seqlens; row i predicts targets[i]. It and weight may be DTensors, the rest
+            may not; what the loss is then of is this rank's rows.
         weight, bias, vocab_size, lora, main_grad, compaction, head_dtype, tp_group, vocab_start, hidden_layout,
             grad_hidden: as in linear_token_logprobs. Of a split head in one pass every chunk's statistics are gathered
             while the next one's logits are formed, and dHidden is summed while the weight's gradient is.
@@ -108,7 +109,7 @@ def linear_policy_loss(
     check_objective(objective)
     split = Split(tp_group, vocab_start, hidden_layout, grad_hidden)
     head, shape_of_rows = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype, split)
-    if hidden.ndim != (3 if cu_seqlens is None else 2):
+    if len(shape_of_rows) != (2 if cu_seqlens is None else 1):
         expected = "[N, H] with cu_seqlens" if cu_seqlens is not None else "[B, T, H]"
         hint = "; packed hidden states [N, H] need cu_seqlens" if cu_seqlens is None and hidden.ndim == 2 else ""
         raise ValueError(f"hidden must have shape {expected}; got {list(hidden.shape)}{hint}")
@@ -131,10 +132,10 @@ def linear_policy_loss(
     )  # fmt: skip
     assert batch.targets is not None
     flat_targets = batch.targets
-    chosen = read_compaction(compaction, hidden, backend)
+    chosen = read_compaction(compaction, head.hidden, backend)
     if chosen > 0 and route == "one-pass":
         raise ValueError("route='one-pass' takes compaction 'exact' or 'none'; a number of rows needs 'recompute'")
-    plain = runs_plainly(hidden)
+    plain = runs_plainly(head.hidden)
     if route == "one-pass" and not plain:
         raise ValueError("route='one-pass' is not possible in what is compiled or traced; 'auto' takes 'recompute'")
     if plan is not None and (chosen > 0 or compaction == "none"):

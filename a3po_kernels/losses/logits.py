@@ -93,7 +93,7 @@ def policy_loss(
     rows hold never matters. All statistics are fp32, or fp64 for fp64 logits.
 
     Args:
-        logits: fp16, bf16, fp32 or fp64, any strides.
+        logits: fp16, bf16, fp32 or fp64, any strides; or a DTensor, as in token_logprobs.
         targets: per token, int32 or int64, already shifted: row i of the logits predicts targets[i].
         advantages: per rollout [B] or [S], or per token; per rollout wins where both fit.
         objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed.
@@ -136,8 +136,8 @@ def policy_loss(
         check_agreement(tp_group, locals())
     check_objective(objective)
     split = Split(tp_group, vocab_start)
-    columns, shard, vocabulary = read_logits_shard(
-        logits, targets, temperature, softcap, logit_scale, split, vocab_size, backend
+    logits, columns, shard, vocabulary = read_logits_shard(
+        logits, targets, temperature, softcap, logit_scale, split, vocab_size, backend, inplace_backward
     )
     expected = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, T, V]"
     if logits.ndim != (3 if cu_seqlens is None else 2):

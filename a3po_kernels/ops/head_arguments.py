@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
-from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform, same_shape
+from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform, is_dtensor, same_shape
 from ..core.operators import runs_plainly
+from ..parallel.dtensor import read_head_dtensors, wait_for
 from ..parallel.vocabulary import Split, gather_hidden, read_split
 from .linear_head import LinearHead
 
@@ -23,6 +24,10 @@ def read_head(
     main_grad: Tensor | None, head_dtype: torch.dtype | None, split: Split,
 ) -> tuple[LinearHead, tuple[int, ...]]:  # fmt: skip
     """Checks the head and reads it, hidden flat [N, H]; also the shape of its rows. Raises ValueError or TypeError."""
+    if is_dtensor(weight) or is_dtensor(hidden):
+        given = (hidden, weight, bias, lora, vocab_size, split)
+        hidden, weight, bias, lora, vocab_size, split = read_head_dtensors(*given)
+    hidden = wait_for(hidden)
     check_tensor("hidden", hidden, dtypes=LOGIT_DTYPES)
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden must have shape [..., H] with H >= 1; got {list(hidden.shape)}")

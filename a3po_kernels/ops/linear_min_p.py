@@ -107,6 +107,6 @@ def linear_min_p_token_logprobs(
     transform = Transform.of(1.0, softcap, logit_scale, ignore_index)
     check_targets(targets, head.total, ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
-    chosen = EXACT if read_compaction(compaction, hidden, backend) == EXACT else EVERY
+    chosen = EXACT if read_compaction(compaction, head.hidden, backend) == EXACT else EVERY
     out = linear_min_p_unchecked(head, flat, min_p, transform, max_chunk_bytes, chosen, backend)
     return out.view(targets.shape)

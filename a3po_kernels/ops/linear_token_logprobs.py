@@ -266,9 +266,17 @@ def linear_token_logprobs(
     and dWeight are summed over tiles in fp32 and rounded once.
 
     Args:
-        hidden: [..., H], fp16, bf16, fp32 or fp64; row i predicts targets[i]. [..., T, H] where the head is split.
+        hidden: [..., H], fp16, bf16, fp32 or fp64; row i predicts targets[i]. [..., T, H] where the head is split. Or a
+            DTensor on the mesh of a DTensor weight: over the ranks that share the vocabulary Replicate, or Shard(its
+            last dimension of rows), which is hidden_layout "sequence_sharded"; over others Replicate or a Shard of its
+            rows, targets and the like being this rank's. Its gradient is placed as it is, or Partial where grad_hidden
+            leaves a sum to be taken.
         weight: [V, H]; frozen or tied weights need nothing special. Its gradient is in its own dtype, or in fp32 where
-            `weight.grad_dtype` says so.
+            `weight.grad_dtype` says so. Or a DTensor: Shard(0) over one dimension of its mesh gives tp_group,
+            vocab_start and vocab_size (shards may be uneven or empty), Replicate over all is a head like any other.
+            bias and lora's B must then be DTensors as it is, lora's A a Replicate or plain, and main_grad plain, for
+            this rank's rows. Its gradient is a DTensor placed as it is, but Partial where it is Replicate and the rows
+            are sharded. Of FSDP2 it must be the weight that its module has inside forward or after unshard().
         targets: [...], int32 or int64; a row whose target is `ignore_index` has logp = H = 0 and gradient 0.
         bias: [V].
         vocab_size: the true vocabulary where weight has more rows (padding); those take no part in the softmax.
@@ -317,7 +325,7 @@ def linear_token_logprobs(
     check_targets(targets, head.total, ignore_index, validate)
     check_temperature(temperature, targets != ignore_index, validate)
     flat = targets.reshape(-1).contiguous()
-    backward_rows = read_compaction(compaction, hidden, backend)
+    backward_rows = read_compaction(compaction, head.hidden, backend)
     forward_rows, rows = (EXACT if backward_rows == EXACT else EVERY), None
     if compaction == "auto" and backward_rows == EXACT and hidden.device.type != "cpu":
         # One wait: the rows of backward are those of forward.

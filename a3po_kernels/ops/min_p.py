@@ -95,7 +95,7 @@ def min_p_token_logprobs(
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())
-    columns, shard, total = read_logits_shard(
+    logits, columns, shard, total = read_logits_shard(
         logits, targets, 1.0, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
     )
     check_min_p(min_p)

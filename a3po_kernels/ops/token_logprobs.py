@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..backends import check_backend, choose
 from ..core.autograd import final, refuse_tangents
-from ..core.checks import as_rows, check_rows, check_temperature, compute_dtype
+from ..core.checks import as_rows, check_rows, check_temperature, compute_dtype, is_dtensor
 from ..core.operators import plainly, plainly_differentiable, reads_values, runs_plainly, traced
 from ..core.transform import Transform
 from ..parallel.agreement import check_agreement
+from ..parallel.dtensor import read_logits_dtensor, wait_for
 from ..parallel.vocabulary import Shard, Split, read_split
 
 
@@ -206,13 +207,16 @@ def token_logprobs(
     logp = x[target] - log sum exp x and H = -sum p log p, in nats. Statistics are fp32, or fp64 for fp64 logits.
 
     Args:
-        logits: [..., V], fp16, bf16, fp32 or fp64, any strides; row i predicts targets[i] (nothing is shifted).
+        logits: [..., V], fp16, bf16, fp32 or fp64, any strides; row i predicts targets[i] (nothing is shifted). Or a
+            DTensor, whose gradient is one placed as it is: Shard(-1) over one dimension of its mesh gives tp_group,
+            vocab_start and vocab_size; over others it is Replicate or a Shard of its rows, and targets are this rank's.
         targets: [...], int32 or int64. A row whose target is `ignore_index` is not computed: logp = H = 0, gradient 0.
         temperature: a number, a 0-d tensor, or one per token [...].
         softcap: bound of a tanh softcap, or None.
         logit_scale: multiplies the logits before the softcap.
         inplace_backward: lets backward write the gradient over the logits. It saves a tensor of the logits' size; the
-            logits are spoilt afterwards (autograd notices if something else still needed them).
+            logits are spoilt afterwards (autograd notices if something else still needed them; of a DTensor it would
+            not, so that is refused).
         tp_group, vocab_start, vocab_size: where the logits are this rank's columns of a vocabulary that the ranks of a
             torch.distributed group share, as in linear_token_logprobs; targets are global numbers. Every rank gets the
             same statistics, by one all-gather of four numbers a row, and the gradient of its own columns.
@@ -232,9 +236,10 @@ def token_logprobs(
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())
-    columns, shard, total = read_logits_shard(
-        logits, targets, temperature, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
-    )
+    logits, columns, shard, total = read_logits_shard(
+        logits, targets, temperature, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend,
+        inplace_backward,
+    )  # fmt: skip
     if inplace_backward and logits.requires_grad:
         check_no_overlap(logits)
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
@@ -247,14 +252,19 @@ def token_logprobs(
 
 def read_logits_shard(
     logits: Tensor, targets: Tensor, temperature: object, softcap: object, logit_scale: object, split: Split,
-    vocab_size: int | None, backend: str,
-) -> tuple[int, Shard | None, int]:  # fmt: skip
-    """Checks logits and their transform; gives how many columns take part, the shard, and the whole vocabulary."""
+    vocab_size: int | None, backend: str, inplace_backward: bool = False,
+) -> tuple[Tensor, int, Shard | None, int]:  # fmt: skip
+    """Checks logits and their transform: gives them, how many columns take part, the shard, and the whole vocabulary."""
+    if is_dtensor(logits):
+        if inplace_backward and logits.requires_grad:
+            raise ValueError("inplace_backward takes no DTensor: autograd does not notice that its logits are spoilt")
+        logits, vocab_size, split = read_logits_dtensor(logits, vocab_size, split)
+    logits = wait_for(logits)
     check_rows(logits, targets, temperature, softcap, logit_scale, empty=split.tp_group is not None)
     refuse_tangents(logits=logits)
     check_backend(backend, logits.device)
     shard, columns = read_split(split, logits.shape[-1], vocab_size, logits.device, runs_plainly(logits), "the columns")
-    return columns, shard, columns if shard is None else shard.total
+    return logits, columns, shard, columns if shard is None else shard.total
 
 
 def token_statistics(

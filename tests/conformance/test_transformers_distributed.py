@@ -84,23 +84,13 @@ def test_two_ranks_are_one_batch(name, tmp_path):
             assert (gradient - reference).abs().max() <= 2e-5 * reference.abs().max() + 1e-8, key
 
 
-def split_over_the_vocabulary():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
-    model = tiny.build()
-    model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
-    return model
-
-
 def sharded_and_scaled():
     model = tiny.build("multiplied")
     model.logit_scale = 3.0  # the config says .25
     return wrap("fsdp2-root", model)
 
 
-REFUSED = {split_over_the_vocabulary: "vocabulary-parallel", sharded_and_scaled: "logit_scale = 0.25"}
+REFUSED = {sharded_and_scaled: "logit_scale = 0.25"}
 
 
 def refused(rank: int, folder: str) -> None:
