@@ -18,11 +18,11 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import torch_norm
 from megatron.core.transformer.module import float16_to_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_stand_in import KEYWORDS
+from ranks import on_ranks
 
 from a3po_kernels import a3po, logprob_policy_loss
 from a3po_kernels.integrations.megatron import HeadContext, output_processor
-from tests.megatron_stand_in import KEYWORDS
-from tests.ranks import on_ranks
 
 pytestmark = [
     pytest.mark.megatron,
