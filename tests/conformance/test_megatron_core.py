@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import itertools
 
@@ -120,6 +121,41 @@ def compare(tied: bool, split: bool, scale: float) -> dict[str, float]:
     return found
 
 
+def compare_verl(tied: bool, split: bool) -> dict[str, float]:
+    """On a rank: verl's processor as integrations.verl replaces it, beside verl's functions of split logits."""
+    import a3po_kernels.integrations.verl  # noqa: F401
+
+    module = importlib.import_module("verl.models.mcore.model_forward_fused")
+    theirs = importlib.import_module("verl.utils.megatron.tensor_parallel")
+    assert module.fused_output_processor.ours
+    torch._dynamo.config.disable = True  # verl compiles a product
+    made = model(tied, split, 1.0)
+    g = torch.Generator().manual_seed(3)
+    ids, labels = torch.randint(0, V, (2, 1, S), generator=g)
+    factors = torch.randn(2, S, generator=g)
+    causal = torch.triu(torch.ones(S, S, dtype=torch.bool), 1)[None, None]
+    inputs = (ids, torch.arange(S).unsqueeze(0), causal)
+    logits = made(*inputs)[0] / 0.7
+    logprobs = theirs.vocab_parallel_log_probs_from_logits(logits.clone(), labels[0])
+    entropy = theirs.vocab_parallel_entropy(logits)
+    expected = gradients(made, (logprobs * factors[0] + entropy * factors[1]).sum())
+    context = module.FusedOutputProcessorContext(temperature=0.7)
+    out = made(*inputs, labels=labels, output_processor=module.fused_output_processor, output_processor_context=context)
+    assert module._use_output_processor_hook(made) is False  # not patched, and patching changes nothing:
+    module.patch_fused_forward(made)
+    assert module._use_output_processor_hook(made)
+    found = gradients(made, (out.log_probs * factors[0] + out.entropy * factors[1]).sum())
+    pairs = {name: (found[name], value) for name, value in expected.items()}
+    pairs |= {"log-probs": (out.log_probs, logprobs), "entropy": (out.entropy, entropy)}
+    return {name: ((mine - value).abs().max() / value.abs().max()).item() for name, (mine, value) in pairs.items()}
+
+
+def run_verl() -> list[dict[str, float]]:
+    on_the_cpu()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=torch.distributed.get_world_size())
+    return [compare_verl(*case) for case in itertools.product((False, True), (False, True))]
+
+
 def run_all(cases: list[tuple]) -> list[dict[str, float]]:
     on_the_cpu()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=torch.distributed.get_world_size())
@@ -139,6 +175,14 @@ def test_gpt_model_through_the_processor(ranks):
             assert len(found) > 20
             for name, error in found.items():
                 assert error < 2e-5, (case, name)  # fp32 through two layers
+
+
+def test_gpt_model_through_verls_processor():
+    pytest.importorskip("verl", reason="verl is not installed beside Megatron-Core")
+    for each in on_ranks(2, run_verl):
+        for found in each:
+            assert len(found) > 10
+            assert max(found.values()) < 2e-5, found
 
 
 def test_the_call_has_the_keywords_of_ours():
