@@ -128,8 +128,15 @@ def run_all() -> tuple[list[dict], list[str], list[str]]:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def ranks(request):
-    return on_ranks(request.param, run_all)
+def ranks(request, tmp_path_factory):
+    if request.param == 2:
+        return on_ranks(2, run_all)
+    store = tmp_path_factory.mktemp("store") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        return [run_all()]
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=str)
