@@ -11,6 +11,9 @@ use_fused_kernels=True calls the head whatever fused_kernel_options.impl_backend
 'liger' call FusedLinearForPPO, 'triton' and the Megatron engine linear_cross_entropy, and both are replaced. Not
 replaced: what the VeOmni engine's models compute themselves, and Kimi-VL, whose forward verl leaves as it is. verl's
 forwards hand over the head's weight alone: they leave a bias, a softcap and a logit scale out, with either head.
+
+The Megatron engine may split the head over tensor-parallel ranks, with and without sequence parallelism: see
+linear_cross_entropy and install_head.
 """
 
 from __future__ import annotations
