@@ -199,8 +199,8 @@ class TokenRule:
         may not read the current policy's log-probs and entropy; its result is a constant of the objective).
     side, ratio, scope, rounding: which tokens are selected; see select_tokens.
     threshold: of those, only the ones above it (side "high") or below (side "low"); ratio=1 leaves it alone.
-    quantile: instead of a share, whatever reaches this quantile of the batch's eligible tokens, ties included; scope
-        "batch".
+    quantile: instead of a share, whatever reaches this quantile of the batch's eligible tokens, ties included, NaN as
+        the largest value; scope "batch".
     selected_scale: weight of the selected tokens, a number or a schedule step -> value.
     rest_scale: weight of the eligible tokens that were not selected; 0 drops them (a keep rule).
     replacement: a surrogate of one token that takes the place of the objective's at the selected tokens.

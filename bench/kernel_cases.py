@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from a3po_kernels.backends.triton import gradient, one_launch, policy_terms, scaling, selection, statistics, tokens
-from a3po_kernels.backends.triton.min_p import min_p_kernel
+from a3po_kernels.backends.triton.min_p import finish_min_p_kernel, min_p_kernel
 from bench.gpus import LIMIT_VOCABULARY
 from bench.kernel_case import Case
 
@@ -30,7 +30,7 @@ def _read_case(
     defaults = {
         "temperature_ptr": None, "column_stride": 1, "HAS_SOFTCAP": False, "LOADS": "aligned", "EVEN": True,
         "LANES": lanes, "UNROLL": statistics._UNROLL[lanes], "FIRST": True,
-        "LAST": True, "COMPUTE": _compute(dtype),
+        "LAST": True, "STAGE": "all", "largest_ptr": None, "COMPUTE": _compute(dtype),
     }  # fmt: skip
     merged = {**defaults, **constants}
     # A pointer or a stride that is given is an argument, not a constant.
@@ -90,8 +90,14 @@ def _terms_case(name: str, absent: tuple[str, ...] = _OPTIONAL, **constants) -> 
     pointers = {"rollout_ptr": "*i32"}
     registers = policy_terms.REGISTERS
     return Case(
-        name, policy_terms.policy_terms_kernel, merged, block, pointers=pointers, registers=registers, fused=False
-    )
+        name, policy_terms.policy_terms_kernel, merged, block, num_warps=policy_terms.warps_of(merged["KIND"]),
+        pointers=pointers, registers=registers, fused=False,
+    )  # fmt: skip
+
+
+def _without(*given: str) -> tuple[str, ...]:
+    """What is absent where these are there."""
+    return tuple(name for name in _OPTIONAL if name not in given)
 
 
 def _rules_case(name: str, two: bool) -> Case:
@@ -126,6 +132,7 @@ def _scale_case(name: str, dtype: str) -> Case:
 def cases() -> list[Case]:
     """Every kernel, in the configurations that matter for speed or that could spill."""
     short = 32000
+    parts = {"BLOCK": statistics.MERGED_ROWS, "COMPUTE": tl.float32}
     select = {"HIGH": False, "CEIL": False, "DIGITS": 8, "BLOCK": selection._BLOCK}
     return [
         _read_case("statistics bf16"),
@@ -156,8 +163,16 @@ def cases() -> list[Case]:
             "one launch fp32 sapo kl", "fp32", KIND="sapo", ESTIMATOR="k3-ratio", reference_ptr="argument"
         ),
         _one_launch_case("one launch fp64", "fp64"),
+        _one_launch_case("one launch bf16 dppo-kl", KIND="dppo-kl"),
+        _one_launch_case(
+            "one launch bf16 ratio kl weights", KIND="ratio", reference_ptr="argument", importance_ptr="argument"
+        ),
         _read_case("min-p bf16", min_p_kernel),
         _read_case("min-p bf16 shifted", min_p_kernel, LOADS="shifted", EVEN=False),
+        _read_case("min-p bf16 largest", min_p_kernel, STAGE="largest"),
+        _read_case("min-p bf16 part", min_p_kernel, STAGE="part", largest_ptr="argument"),
+        Case("merge parts", statistics.merge_parts_kernel, {"temperature_ptr": None, **parts}, statistics.MERGED_ROWS),
+        Case("finish min-p", finish_min_p_kernel, parts, statistics.MERGED_ROWS),
         Case("select fp32", selection.select_kernel, select, selection._BLOCK, pointers={"out_ptr": "*i8"}),
         _rules_case("one rule", False),
         _rules_case("two rules", True),
@@ -167,6 +182,17 @@ def cases() -> list[Case]:
         _terms_case("terms cispo", KIND="cispo"),
         _terms_case("terms sapo", KIND="sapo"),
         _terms_case("terms everything", absent=()),
+        _terms_case("terms clip own gradient", SEQUENCE=True, OWN=True),
+        _terms_case("terms clip own gradient, kl and weights", _without("proxy_ptr", "replaced_ptr"), SEQUENCE=True,
+                    OWN=True),
+        _terms_case("terms everything sequence", absent=(), SEQUENCE=True),
+        _terms_case("terms dppo-tv", KIND="dppo-tv"),
+        _terms_case("terms dppo-kl, kl and weights", _without("proxy_ptr", "replaced_ptr"), KIND="dppo-kl"),
+        _terms_case("terms gmpo", KIND="gmpo", SEQUENCE=True),
+        _terms_case("terms gmpo kl", _without("reference_ptr"), KIND="gmpo", SEQUENCE=True),
+        _terms_case("terms ratio", KIND="ratio"),
+        _terms_case("terms none", KIND="none"),
+        _terms_case("terms reinforce weights", _without("importance_ptr"), KIND="reinforce"),
         _scale_case("scale in place", "bf16"),
         _scale_case("scale and cast", "fp32"),
     ]  # fmt: skip

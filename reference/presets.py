@@ -2,7 +2,7 @@
 
 Every preset takes the keyword overrides that its parts have: epsilon_low, epsilon_high, dual_clip, delta (Clip),
 kl_coef, kl_estimator, kl_clamp, entropy_coef, log_ratio_coef, ratio_level, ratio_weights, aggregation. A keyword that
-its surrogate does not have is a TypeError.
+its surrogate does not have is a TypeError. ratio_weights come after those that the method has itself.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,9 @@ def build(surrogate_class: type, surrogate_defaults: dict, overrides: dict, **ob
     """An Objective from a preset's defaults, with each override put where it belongs."""
     surrogate_fields = dict(surrogate_defaults)
     for name, value in overrides.items():
-        if name in OBJECTIVE_OVERRIDES:
+        if name == "ratio_weights":
+            objective_fields[name] = (*objective_fields.get(name, ()), *value)
+        elif name in OBJECTIVE_OVERRIDES:
             objective_fields[name] = value
         elif name in [field.name for field in fields(surrogate_class)]:
             surrogate_fields[name] = value
@@ -115,6 +117,11 @@ def a3po(
     schedule: Callable | float | None = None,
     metric: str = "probability",
     source: str = "old",
+    positive_metric: str | None = None,
+    negative_metric: str | None = None,
+    polarity: str = "both",
+    positive_weight: float | Callable = 1.0,
+    negative_weight: float | Callable = 1.0,
     **overrides,
 ) -> Objective:
     """A3PO (arXiv 2512.21625): in positive rollouts the lowest, in negative rollouts the highest `ratio` of the tokens
@@ -122,13 +129,24 @@ def a3po(
 
     `schedule` replaces beta. SPEC is silent on the sides of metric="entropy"; this project's reading: high entropy
     takes the place of low probability, and low entropy that of high probability.
+
+    Its ablations: another metric of either polarity, one polarity's rule alone, and weights of all tokens of a polarity
+    before its rule.
     """
-    one_of("metric", metric, ("probability", "entropy"))
+    one_of("polarity", polarity, ("both", "positive", "negative"))
     beta = LinearDecay(rho, alpha, 1.0) if schedule is None else schedule
-    shared = {"metric": metric, "source": source, "ratio": ratio, "selected_scale": beta}
-    unlikely, likely = ("high", "low") if metric == "entropy" else ("low", "high")
-    rules = (TokenRule(polarity=1, side=unlikely, **shared), TokenRule(polarity=-1, side=likely, **shared))
-    return build(Clip, DAPO_CLIP, overrides, shaping=rules)
+    shared = {"source": source, "ratio": ratio, "selected_scale": beta}
+    weighs = positive_weight != 1.0 or negative_weight != 1.0
+    shaping: list = [PolarityWeights(positive_weight, negative_weight, 1.0)] if weighs else []
+    if polarity != "negative":
+        mine = metric if positive_metric is None else positive_metric
+        one_of("metric", mine, ("probability", "entropy"))
+        shaping.append(TokenRule(1, mine, side="high" if mine == "entropy" else "low", **shared))
+    if polarity != "positive":
+        mine = metric if negative_metric is None else negative_metric
+        one_of("metric", mine, ("probability", "entropy"))
+        shaping.append(TokenRule(-1, mine, side="low" if mine == "entropy" else "high", **shared))
+    return build(Clip, DAPO_CLIP, overrides, shaping=tuple(shaping))
 
 
 def gspo(**overrides) -> Objective:

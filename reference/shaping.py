@@ -1,5 +1,6 @@
 """Shaping weights, the tokens that rules select, and what a rule's metric may read (SPEC section 3)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,14 +57,26 @@ def choose(rule: TokenRule, values: list[float], rows: list[int]) -> list[int]:
     if rule.quantile is None:
         chosen = pick(values, rows, quota(len(rows), rule.ratio, rule.rounding), rule.side)
     else:
-        bound = torch.quantile(torch.tensor([values[row] for row in rows], dtype=torch.float64), rule.quantile).item()
-        chosen = [row for row in rows if (values[row] >= bound if rule.side == "high" else values[row] <= bound)]
+        rank = {row: math.inf if math.isnan(values[row]) else values[row] for row in rows}  # NaN is the largest value
+        bound = quantile(list(rank.values()), rule.quantile)
+        chosen = [row for row in rows if (rank[row] >= bound if rule.side == "high" else rank[row] <= bound)]
     if rule.threshold is None:
         return chosen
     if rule.metric == "probability":  # sorted by its logarithm, but the threshold is a probability
         values = torch.tensor(values, dtype=torch.float64).exp().tolist()
     above = rule.side == "high"
     return [row for row in chosen if (values[row] > rule.threshold if above else values[row] < rule.threshold)]
+
+
+def quantile(values: list[float], share: float) -> float:
+    """torch.quantile's linear interpolation; between an infinite value and another the infinite one, -inf first."""
+    place = (len(values) - 1) * share
+    low, high = (sorted(values)[round_to(place)] for round_to in (math.floor, math.ceil))
+    if low == high or low == -math.inf:
+        return low
+    if high == math.inf:
+        return high
+    return low + (place - math.floor(place)) * (high - low)
 
 
 def rule_metric(rule: TokenRule, batch: Batch, logprobs: Tensor, entropy: Tensor) -> Tensor:

@@ -126,7 +126,10 @@ def surrogate_loss(surrogate, x: Tokens) -> Tensor:
 
 
 def dppo_kept(surrogate: Dppo, x: Tokens) -> Tensor:
-    """DPPO's mask M (arXiv 2602.04879). A = 0 takes the negative branch; at the bound itself a token is kept."""
+    """DPPO's mask M (arXiv 2602.04879). A = 0 takes the negative branch; at the bound itself a token is kept.
+
+    So is one of an unknown probability: nothing says that it moved too far, and its loss must be NaN.
+    """
     p, old = x.logprobs.detach().exp(), x.old_logprobs.exp()
     if surrogate.divergence == "tv":
         positive, negative = p - old <= surrogate.delta_high, p - old >= -surrogate.delta_low
@@ -134,7 +137,7 @@ def dppo_kept(surrogate: Dppo, x: Tokens) -> Tensor:
         binary = old * (x.old_logprobs - x.logprobs.detach()) + (1 - old) * ((1 - old + 1e-8) / (1 - p + 1e-8)).log()
         positive = (binary <= surrogate.delta_high) | (p <= old)
         negative = (binary <= surrogate.delta_low) | (p >= old)
-    return torch.where(x.advantage > 0, positive, negative)
+    return torch.where(x.advantage > 0, positive, negative) | p.isnan() | old.isnan()
 
 
 def before_dual_clip(clip: Clip, advantage: Tensor, ratio: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ import torch.multiprocessing as mp
 TIMEOUT = 60
 
 
-def _main(rank: int, ranks: int, folder: str, work: Callable, arguments: tuple, timeout: float) -> None:
+def _main(rank: int, ranks: int, folder: str, work: Callable, arguments: tuple, timeout: float, device: str) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks,
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
     try:
@@ -27,8 +29,11 @@ def _main(rank: int, ranks: int, folder: str, work: Callable, arguments: tuple, 
         dist.destroy_process_group()
 
 
-def on_ranks(ranks: int, work: Callable, *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """[work(*arguments) of each rank]; an exception of one is raised here."""
+def on_ranks(
+    ranks: int, work: Callable, *arguments: Any, timeout: float = TIMEOUT, device: str = "cpu"
+) -> list[Any]:
+    """[work(*arguments) of each rank], tensors on the CPU; an exception of one is raised here. On GPUs by NCCL."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, args=(ranks, folder, work, arguments, timeout), nprocs=ranks)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+        mp.spawn(_main, args=(ranks, folder, work, arguments, timeout, device), nprocs=ranks)
+        files = [Path(folder) / f"{rank}.pt" for rank in range(ranks)]
+        return [torch.load(file, weights_only=False, map_location="cpu") for file in files]

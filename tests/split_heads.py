@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from batches import keywords_for, preset, random_batch
 from torch import Tensor
 
 import a3po_kernels
-from tests.batches import keywords_for, preset, random_batch
 
 V, H, RANK = 37, 6, 3
 
@@ -74,7 +74,7 @@ def rows_of(case: Case, length: int, rank: int, ranks: int) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def run_case(case: Case, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+def run_case(case: Case, rank: int = 0, ranks: int = 1, device: str = "cpu") -> dict[str, Any]:
     """What the call gives and its gradients, of one rank's part or of the whole."""
     split = ranks > 1
     batch = random_batch(3, rollouts=4, length=12, vocabulary=V)
@@ -84,14 +84,16 @@ def run_case(case: Case, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
         cut = {name: x[:count] if x.shape[:1] == batch.targets.shape else x.clamp(max=count)
                for name, x in batch.keywords.items()}  # fmt: skip
         batch.targets, batch.keywords = batch.targets[:count], cut
+    batch.targets, batch.advantages = batch.targets.to(device), batch.advantages.to(device)
+    batch.keywords = {name: x.to(device) for name, x in batch.keywords.items()}
     generator = torch.Generator().manual_seed(11)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
     parameters = {"weight": normal(V, H), "bias": normal(V), "a": normal(RANK, H), "b": normal(V, RANK)}
     hidden = normal(*batch.targets.shape, H)
-    temperature = 0.5 + torch.rand(batch.targets.shape, generator=generator, dtype=torch.float64)
+    temperature = 0.5 + torch.rand(batch.targets.shape, generator=generator, dtype=torch.float64).to(device)
     parameters = {name: value.to(case.dtype) for name, value in parameters.items()}
     hidden = hidden.to(case.dtype)
     if split:
@@ -121,7 +123,7 @@ def run_case(case: Case, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
         used += ["a", "b"]
     main_grad = None
     if "main_grad" in case.extras:
-        main_grad = keywords["main_grad"] = torch.ones(parameters["weight"].shape, dtype=torch.float32)
+        main_grad = keywords["main_grad"] = torch.ones_like(parameters["weight"], dtype=torch.float32)
     out = _call(case, batch, leaves, keywords, split, rank, ranks)
     found = {name: value for name, value in out.items() if name != "loss"}
     if "loss" in out:
@@ -158,7 +160,7 @@ def _call(case, batch, leaves, keywords, split, rank, ranks) -> dict[str, Any]:
     if case.call == "linear_token_logprobs":
         stats = a3po_kernels.linear_token_logprobs(leaves["hidden"], leaves["weight"], batch.targets, **keywords)
         # Not the same factor for each row: gradients of both outputs.
-        factors = torch.linspace(-1, 2, stats.logprobs.numel(), dtype=stats.logprobs.dtype).view(stats.logprobs.shape)
+        factors = torch.linspace(-1, 2, stats.logprobs.numel()).to(stats.logprobs).view(stats.logprobs.shape)
         loss = (stats.logprobs * factors + stats.entropy * factors.flip(0)).sum()
         return {"loss": loss, "logprobs": stats.logprobs.detach(), "entropy": stats.entropy.detach()}
     if case.call == "linear_min_p_token_logprobs":
@@ -170,7 +172,7 @@ def _call(case, batch, leaves, keywords, split, rank, ranks) -> dict[str, Any]:
     every = torch.randn(*batch.targets.shape, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 3
     if split:
         every = _part(every.movedim(-1, 0), case, rank, ranks).movedim(0, -1)
-    logits = every.contiguous().to(case.dtype).requires_grad_()
+    logits = every.contiguous().to(batch.targets.device, case.dtype).requires_grad_()
     if case.call == "min_p_token_logprobs":
         return {"logprobs": a3po_kernels.min_p_token_logprobs(logits, batch.targets, 0.1, **keywords)}
     if case.call == "token_logprobs":
@@ -181,13 +183,14 @@ def _call(case, batch, leaves, keywords, split, rank, ranks) -> dict[str, Any]:
     return {**out._asdict(), "logits": logits}
 
 
-def run_cases(cases: list[Case]) -> list[Any]:
+def run_cases(cases: list[Case], on: str = "cpu") -> list[Any]:
     """On a rank: each case's results, run twice; the bits must be the same."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    device = f"cuda:{rank}" if on == "cuda" else on
     results = []
     for case in cases:
         try:
-            first, second = run_case(case, rank, ranks), run_case(case, rank, ranks)
+            first, second = (run_case(case, rank, ranks, device) for _ in range(2))
             first["twice"] = same_bits(first, second)
             results.append(first)
         except Exception as error:

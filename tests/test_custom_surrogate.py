@@ -151,6 +151,30 @@ def test_everything_that_a_function_may_read(backend, device):
     assert largest_error(gradient, logits.grad) < 1e-12
 
 
+@pytest.mark.parametrize("function", [clip, sequence])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_broken_row_has_no_plausible_gradient(function, linear, backend, device):
+    """A clamp's derivative of NaN is 0, which would pass for sound; other rollouts keep their numbers."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64).to(device)
+    weight = torch.randn(7, 4, generator=generator, dtype=torch.float64).to(device)
+    hidden[0, 1] = torch.nan
+    targets = torch.zeros(2, 3, dtype=torch.long, device=device)
+    keywords = {
+        "old_logprobs": torch.full((2, 3), -2.0, device=device), "backend": backend,
+        "objective": Objective(surrogate=CustomSurrogate(function, "rollout")),
+    }  # fmt: skip
+    leaf = (hidden if linear else hidden @ weight.T).clone().requires_grad_()
+    advantages = torch.ones(2, device=device)
+    if linear:
+        found = ak.linear_policy_loss(leaf, weight, targets, advantages, **keywords)
+    else:
+        found = ak.policy_loss(leaf, targets, advantages, **keywords)
+    (gradient,) = torch.autograd.grad(found.loss, leaf)
+    assert found.loss.isnan() and gradient[0, 1].isnan().all()
+    assert gradient[1].isfinite().all() and gradient[1].any()
+
+
 def test_a_function_that_is_nan_elsewhere(backend, device):
     """What it gives for rows that are no token, or for dropped ones, reaches neither the loss nor a gradient."""
     batch = random_batch(4, dtype=torch.float64, device=device)

@@ -66,6 +66,12 @@ RULES = {
     "score of the batch": rule(metric="mine", ratio=0.3, scope="batch", rounding="ceil", rest_scale=0.0),
     "threshold of a score": rule(metric="mine", side="high", ratio=1.0, threshold=0.3, selected_scale=1.5),
     "quantile of tied scores": rule(metric="tied", side="high", quantile=0.6, scope="batch", rest_scale=0.0),
+    "quantile of infinite scores": rule(
+        metric="infinite", side="high", quantile=0.6, scope="batch", selected_scale=2.0, rest_scale=0.5
+    ),
+    "quantile of scores below all": rule(metric="infinite", quantile=0.1, scope="batch", selected_scale=2.0),
+    "quantile of scores with NaN": rule(metric="broken", side="high", quantile=0.9, scope="batch", selected_scale=2.0),
+    "low quantile of scores with NaN": rule(metric="broken", quantile=0.5, scope="batch", rest_scale=0.0),
     "function of the rollout": rule(metric=surprise, source="current", side="high", ratio=0.3, selected_scale=2.0),
     "function of the reference": rule(metric=drift, source="current", ratio=0.4, scope="batch", rest_scale=0.0),
     "function of the old policy": rule(metric=old_drift, ratio=0.4, selected_scale=2.0),
@@ -175,7 +181,11 @@ def scored(batch):
     generator = torch.Generator().manual_seed(9)
     shape, hole = batch.targets.shape, batch.logits.isnan().any(-1)
     mine = torch.rand(shape, generator=generator, dtype=torch.float64).to(batch.logits.device)
-    return {"mine": mine.masked_fill(hole, torch.nan), "tied": (mine * 4).floor().masked_fill(hole, torch.nan)}
+    return {
+        "mine": mine.masked_fill(hole, torch.nan), "tied": (mine * 4).floor().masked_fill(hole, torch.nan),
+        "infinite": torch.where(mine < 0.15, -torch.inf, torch.where(mine > 0.4, torch.inf, mine)),
+        "broken": torch.where((mine > 0.3) & (mine < 0.5), torch.nan, mine),
+    }  # fmt: skip
 
 
 def make_batch(name, variant, device):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
+from batches import INTERPRETED, NEW_PRESETS, PRESETS
+from ranks import on_ranks
+from split_heads import Case, V, bounds, rows_of, run_case, run_cases, same_bits
 
-from tests.batches import NEW_PRESETS, PRESETS
-from tests.ranks import on_ranks
-from tests.split_heads import Case, V, bounds, rows_of, run_case, run_cases, same_bits
+import a3po_kernels
 
 ROUTES = ("one-pass", "recompute")
 BATCH_UNIT = ("fork_tokens", "lp_reg", "kl_cov", "clip_cov")
@@ -61,7 +65,7 @@ def _cases(ranks: int) -> list[Case]:
         Case("every row", "psr", options={"compaction": "none", "route": "one-pass"}),
     ]
     assert len({case.name for case in made}) == len(made)
-    return made
+    return made if ranks == 2 else made[::2]  # four processes are slow to start on two cores
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def check(case: Case, parts: list, ranks: int) -> None:
     for part in parts:
         assert not isinstance(part, str), part
         assert part["twice"], "another run gives other bits"
-    whole = run_case(case)
+    whole = run_case(replace(case, options={k: v for k, v in case.options.items() if k != "backend"}))
     assert set(whole) == set(parts[0]) - {"twice"}
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[case.dtype]
     for name, expected in whole.items():
@@ -130,13 +134,60 @@ def check(case: Case, parts: list, ranks: int) -> None:
             assert each == [expected] * ranks, name
 
 
-@pytest.mark.parametrize("name", [case.name for case in _cases(2)])
-def test_two_ranks_equal_one(results, name):
-    case = next(case for case in _cases(2) if case.name == name)
-    check(case, results(2)[name], 2)
+def case_of(name: str, ranks: int) -> Case:
+    return next(case for case in _cases(ranks) if case.name == name)
 
 
-@pytest.mark.parametrize("name", [case.name for case in _cases(4)])
-def test_four_ranks_equal_one(results, name):
-    case = next(case for case in _cases(4) if case.name == name)
-    check(case, results(4)[name], 4)
+@pytest.mark.skipif(INTERPRETED, reason="natively")
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, case.name) for ranks in (2, 4) for case in _cases(ranks)])
+def test_split_equals_whole(results, ranks, name):
+    check(case_of(name, ranks), results(ranks)[name], ranks)
+
+
+def compiled() -> list:
+    """A whole graph, collectives in it, beside the call as it is."""
+    rank, found = dist.get_rank(), []
+    for name in ("a3po recompute", "sequence_sharded recompute all", "log-probs of logits"):
+        plain = run_case(case_of(name, 2), rank, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            for call in ("linear_policy_loss", "token_logprobs"):
+                whole = torch.compile(getattr(a3po_kernels, call), fullgraph=True, backend="aot_eager")
+                patch.setattr(a3po_kernels, call, whole)
+            traced = run_case(case_of(name, 2), rank, 2)
+        found.append([name for name in plain if not same_bits(plain[name], traced[name])])
+    return found
+
+
+@pytest.mark.skipif(INTERPRETED, reason="natively")
+def test_compiled_whole():
+    """The same bits, but for what torch.compile sums in another order."""
+    for rank in on_ranks(2, compiled):
+        assert all(set(different) <= {"metrics", "loss"} for different in rank), rank
+
+
+# With the Triton kernels, on two processes in the interpreter or on two GPUs: each kernel that knows of parts.
+KERNELS = (
+    "a3po one-pass", "gspo recompute", "(5, 32) one-pass", "(37, 0) one-pass", "(37, 0) logits", "(5, 32) min-p",
+    "replicated one-pass all", "sequence_sharded recompute all", "sequence_sharded one-pass on-policy", "fp16",
+    "log-probs of logits", "replicated min-p",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_kernels():
+    on = "cpu" if INTERPRETED else "cuda"
+    if on == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    cases = [replace(case, options={**case.options, "backend": "triton"})
+             for case in map(lambda name: case_of(name, 2), KERNELS)]  # fmt: skip
+    each = on_ranks(2, run_cases, cases, on, device=on)
+    return {case.name: (case, [rank[i] for rank in each]) for i, case in enumerate(cases)}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "kernels", [pytest.param("triton", marks=pytest.mark.interpreter if INTERPRETED else pytest.mark.cuda)]
+)
+def test_kernels_on_two_ranks_equal_pytorch_on_one(by_kernels, kernels, name):
+    case, parts = by_kernels[name]
+    check(case, parts, 2)

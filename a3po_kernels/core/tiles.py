@@ -13,6 +13,11 @@ _ALIGN = 64  # columns; a multiple of every vector width, so that the rows of a 
 _SMALLEST, _LARGEST = 64 << 20, 1 << 30
 
 
+def card_chunk_bytes(total: int, one_pass: bool = False) -> int:
+    """default_chunk_bytes of a card of so many bytes, most of which are free."""
+    return max(total // 32, _SMALLEST) if one_pass else min(max(total // 128, _SMALLEST), _LARGEST)
+
+
 def default_chunk_bytes(device: torch.device, one_pass: bool = False, agreed: bool = False) -> int:
     """64 MiB on a CPU. On a GPU 1/128 of its memory, at most 1 GiB: more saved nothing where logits are formed again.
 
@@ -26,11 +31,9 @@ def default_chunk_bytes(device: torch.device, one_pass: bool = False, agreed: bo
     if device.type != "cuda":
         return _SMALLEST
     total = torch.cuda.get_device_properties(device).total_memory
-    if not one_pass:
-        return min(max(total // 128, _SMALLEST), _LARGEST)
-    budget = total // 32
-    if agreed or torch.cuda.is_current_stream_capturing():
-        return max(budget, _SMALLEST)
+    budget = card_chunk_bytes(total, one_pass)
+    if not one_pass or agreed or torch.cuda.is_current_stream_capturing():
+        return budget
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + held
     while budget > max(free // 2, _SMALLEST):

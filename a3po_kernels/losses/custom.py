@@ -109,9 +109,12 @@ def custom_terms(
 
     def total(logp: Tensor, entropy: Tensor) -> Tensor:
         values = TokenValues.of(batch, weights, selected, logp, entropy if has_entropy else None)
-        loss = _loss(surrogate, values)
+        loss = _loss(surrogate, values).to(logp.dtype)
         seen.update(values.read)
-        return (torch.where(kept, loss.to(logp.dtype), 0.0) * factor).sum()
+        # A clamp's derivative of NaN is 0, which beside a loss of NaN would pass for sound: here it is NaN.
+        broken = kept & loss.detach().isnan()
+        loss = torch.where(broken, torch.where(broken, logp, 0.0) * torch.where(broken, torch.nan, 0.0), loss)
+        return (torch.where(kept, loss, 0.0) * factor).sum()
 
     loss, d_logp, d_entropy = _derivatives(total, stats)
     # What a row without a token is given by the function is nothing.

@@ -18,6 +18,7 @@ from ..objectives import Objective
 from ..ops.head_arguments import EVERY, EXACT, GIVEN, Lora, check_head_rows, read_compaction, read_head
 from ..ops.linear_min_p import linear_min_p_unchecked
 from ..ops.linear_token_logprobs import head_statistics_unchecked
+from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Split
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
@@ -101,6 +102,8 @@ def linear_policy_loss(
             it must.
         RuntimeError: on a double backward; on a second backward of the one-pass route.
     """
+    if validate and tp_group is not None:
+        check_agreement(tp_group, locals())
     check_objective(objective)
     split = Split(tp_group, vocab_start, hidden_layout, grad_hidden)
     head, shape_of_rows = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype, split)

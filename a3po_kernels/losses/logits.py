@@ -17,6 +17,7 @@ from ..objectives import Objective
 from ..ops.min_p import min_p_rows_of
 from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
 from ..ops.token_logprobs import TokenStats, check_no_overlap, read_logits_shard, token_statistics
+from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Split
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
@@ -127,6 +128,8 @@ def policy_loss(
             and did not get. Nothing is launched then.
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
     """
+    if validate and tp_group is not None:
+        check_agreement(tp_group, locals())
     check_objective(objective)
     split = Split(tp_group, vocab_start)
     logits, shard, vocabulary = read_logits_shard(

@@ -131,7 +131,10 @@ def shape(
 
 
 def _quantile(values: Tensor, eligible: Tensor, share: float) -> Tensor:
-    """[]: the quantile of the eligible values, interpolated linearly as torch.quantile does; it waits for nothing."""
+    """[]: the quantile of the eligible values, interpolated linearly as torch.quantile does; it waits for nothing.
+
+    Between an infinite value and another it is the infinite one, -inf before inf. No value may be NaN.
+    """
     if not values.numel():
         return values.new_zeros(())
     ordered = torch.where(eligible, values, torch.inf).sort().values
@@ -140,7 +143,8 @@ def _quantile(values: Tensor, eligible: Tensor, share: float) -> Tensor:
     above = torch.minimum(below + 1, (eligible.sum() - 1).clamp(min=0))
     low, high = ordered.gather(0, torch.stack([below, above])).unbind()
     share_above = (place - below).to(low.dtype)
-    return torch.where(share_above == 0, low, torch.lerp(low, high, share_above))  # not 0 of inf
+    between = torch.where(high == torch.inf, high, torch.lerp(low, high, share_above))
+    return torch.where((share_above == 0) | (low == -torch.inf), low, between)
 
 
 def _apply_widely(
@@ -151,8 +155,9 @@ def _apply_widely(
     if form.polarity:
         eligible = eligible & (batch.polarity * form.polarity > 0)
     if rule.quantile is not None:
-        bound = _quantile(form.metric, eligible, rule.quantile)
-        chosen = eligible & (form.metric >= bound if form.high else form.metric <= bound)
+        rank = torch.where(form.metric.isnan(), torch.inf, form.metric)  # as select_tokens ranks NaN
+        bound = _quantile(rank, eligible, rule.quantile)
+        chosen = eligible & (rank >= bound if form.high else rank <= bound)
     else:
         chosen = select_flat(
             form.metric, eligible, batch.offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,

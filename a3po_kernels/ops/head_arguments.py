@@ -45,7 +45,7 @@ def read_head(
     dtype = head_dtype or _gemm_dtype(hidden, weight)
     shard, vocabulary = read_split(split, columns, vocab_size, hidden.device, runs_plainly(hidden))
     if shard is not None:
-        hidden, shard = gather_hidden(hidden, shard, split.hidden_layout)
+        hidden, shard = gather_hidden(hidden, shard, split)
     flat = hidden.reshape(-1, width)
     head = LinearHead(flat, weight, bias, lora_a, lora_b, scale, vocabulary, dtype, shard)
     return head, tuple(hidden.shape[:-1])

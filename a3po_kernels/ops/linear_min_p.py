@@ -11,6 +11,7 @@ from ..core.checks import compute_dtype
 from ..core.operators import plainly, without_autocast
 from ..core.tiles import default_chunk_bytes, row_tiles
 from ..core.transform import Transform
+from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Shard, Split
 from .head_arguments import EVERY, EXACT, Lora, check_head_rows, read_compaction, read_head
 from .linear_head import LinearHead, Logits
@@ -95,6 +96,8 @@ def linear_min_p_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError: as linear_token_logprobs does.
     """
+    if validate and tp_group is not None:
+        check_agreement(tp_group, locals())
     split = Split(tp_group, vocab_start, hidden_layout)
     head, shape = read_head(hidden, weight, bias, lora, vocab_size, None, head_dtype, split)
     check_head_rows(

@@ -17,6 +17,7 @@ from ..core.operators import plainly, plainly_differentiable, without_autocast
 from ..core.segments import true_first
 from ..core.tiles import column_tiles, default_chunk_bytes
 from ..core.transform import Transform
+from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Shard, Split
 from .head_arguments import (
     EVERY,
@@ -304,6 +305,8 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as token_logprobs does.
     """
+    if validate and tp_group is not None:
+        check_agreement(tp_group, locals())
     split = Split(tp_group, vocab_start, hidden_layout, grad_hidden)
     head, shape = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype, split)
     check_head_rows(

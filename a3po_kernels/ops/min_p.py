@@ -11,6 +11,7 @@ from ..backends import choose
 from ..core.checks import as_rows, compute_dtype
 from ..core.operators import plainly
 from ..core.transform import Transform
+from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Shard, Split
 from .token_logprobs import check_targets, read_logits_shard
 
@@ -92,6 +93,8 @@ def min_p_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError: as token_logprobs does.
     """
+    if validate and tp_group is not None:
+        check_agreement(tp_group, locals())
     logits, shard, total = read_logits_shard(
         logits, targets, 1.0, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
     )

@@ -12,6 +12,7 @@ from ..core.autograd import final, refuse_tangents
 from ..core.checks import as_rows, check_rows, check_temperature, compute_dtype
 from ..core.operators import plainly, plainly_differentiable, reads_values, runs_plainly, traced
 from ..core.transform import Transform
+from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Shard, Split, read_split
 
 
@@ -204,6 +205,8 @@ def token_logprobs(
             torch.distributed group share, as in linear_token_logprobs; targets are global numbers. Every rank gets the
             same statistics, by one all-gather of four numbers a row, and the gradient of its own columns.
         validate: on a GPU also check values, not only shapes; this synchronises with the host. The CPU always checks.
+            Over the ranks of tp_group one small collective finds out whether they make the same call, before they wait
+            for each other: on every rank or on none.
         backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
 
     Returns:
@@ -215,6 +218,8 @@ def token_logprobs(
         IndexError: a target outside the vocabulary, on the CPU or with `validate`.
         RuntimeError: on a double backward, which is not implemented.
     """
+    if validate and tp_group is not None:
+        check_agreement(tp_group, locals())
     logits, shard, total = read_logits_shard(
         logits, targets, temperature, softcap, logit_scale, Split(tp_group, vocab_start), vocab_size, backend
     )

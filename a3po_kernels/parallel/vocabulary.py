@@ -8,17 +8,25 @@ of the hidden states are split too they are gathered first. The weight, its grad
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.operators import plainly_differentiable
+
 LAYOUTS = ("replicated", "sequence_sharded")
 REDUCTIONS = ("all_reduce", "reduce_scatter", "partial")
 
-# Operators take a group by its name.
-_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
+# Their names since torch 2.13, and before.
+all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
+
+def _group_of(name: str) -> dist.ProcessGroup:
+    """Operators take a group by its name, as PyTorch's own functional collectives do."""
+    c10d: Any = dist.distributed_c10d
+    return c10d._resolve_process_group(name)
 
 
 class Split(NamedTuple):
@@ -55,21 +63,25 @@ class Shard(NamedTuple):
         return ("", "", []) if shard is None else (shard.group, shard.grad_hidden, list(shard[2:]))
 
     @property
+    def process_group(self) -> dist.ProcessGroup:
+        return _group_of(self.group)
+
+    @property
     def ranks(self) -> int:
-        return dist.get_world_size(_GROUPS[self.group])
+        return dist.get_world_size(self.process_group)
 
     def own(self, rows: Tensor) -> Tensor:
         """Bool, like rows: whether "reduce_scatter" gives this rank the gradient of these flat rows."""
-        rank, each = dist.get_rank(_GROUPS[self.group]), self.length // self.ranks
+        rank, each = dist.get_rank(self.process_group), self.length // self.ranks
         return (rows % self.length) // each == rank
 
     def gather(self, part: Tensor) -> Gathering:
         """Starts to gather every rank's `part`, contiguous and of one shape on all."""
-        return Gathering(part, _GROUPS[self.group])
+        return Gathering(part, self.process_group)
 
     def sum_up(self, part: Tensor) -> None:
         """Sums `part` over the ranks, in place."""
-        dist.all_reduce(part, group=_GROUPS[self.group])
+        dist.all_reduce(part, group=self.process_group)
 
 
 class Gathering:
@@ -79,7 +91,7 @@ class Gathering:
         ranks = dist.get_world_size(group)
         self.part = part  # it must live as long as the collective
         self.parts = part.new_empty((ranks, *part.shape))
-        self.work = dist.all_gather_into_tensor(self.parts.view(-1), part.reshape(-1), group=group, async_op=True)
+        self.work = all_gather_single(self.parts.view(-1), part.reshape(-1), group=group, async_op=True)
 
     def wait(self) -> Tensor:
         """[ranks, ...], in rank order."""
@@ -93,7 +105,7 @@ class HiddenSum:
     def __init__(self, shard: Shard, gradient: Tensor, rows: Tensor | None):
         """rows: the numbers of the gradient's rows among all; None: it has them all."""
         self.shard, self.gradient, self.rows = shard, gradient, rows
-        self.group = _GROUPS[shard.group]
+        self.group = shard.process_group
         # A part of the rows moves no more by an all-reduce than all of them by a reduce-scatter.
         self.scatters = shard.grad_hidden == "reduce_scatter" and rows is None
         self.works: list[Any] = []
@@ -108,10 +120,11 @@ class HiddenSum:
         elif last:
             ranks, length = self.shard.ranks, self.shard.length
             each, width = length // ranks, self.gradient.shape[1]
-            by_rank = self.gradient.view(-1, ranks, each, width).transpose(0, 1).contiguous()
-            self.mine = by_rank.new_empty(by_rank.shape[1:])
+            # Kept, for it must live as long as the collective.
+            self.by_rank = self.gradient.view(-1, ranks, each, width).transpose(0, 1).contiguous()
+            self.mine = self.by_rank.new_empty(self.by_rank.shape[1:])
             self.works.append(
-                dist.reduce_scatter_tensor(self.mine.view(-1), by_rank.view(-1), group=self.group, async_op=True)
+                reduce_scatter_single(self.mine.view(-1), self.by_rank.view(-1), group=self.group, async_op=True)
             )
 
     def finish(self) -> None:
@@ -126,34 +139,45 @@ class HiddenSum:
             self.gradient.masked_fill_(~self.shard.own(self.rows).unsqueeze(-1), 0.0)
 
 
-class _GatherRows(torch.autograd.Function):
-    """Joins the rows [..., T / ranks, H] of all ranks; backward takes this rank's rows of the gradient."""
-
-    @staticmethod
-    def forward(ctx, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.rank, ctx.each = dist.get_rank(group), mine.shape[-2]
-        parts = Gathering(mine.contiguous(), group).wait()
-        return torch.cat(parts.unbind(), dim=-2)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Any:
-        return grad.narrow(-2, ctx.rank * ctx.each, ctx.each), None
+@torch.library.custom_op("a3po::gather_rows", mutates_args=())
+def _gather_rows(mine: Tensor, group: str, rank: int, ranks: int) -> Tensor:
+    """The rows [..., T / ranks, H] of all ranks as [..., T, H]; backward takes this rank's rows of the gradient."""
+    parts = Gathering(mine.contiguous(), _group_of(group)).wait()
+    return torch.cat(parts.unbind(), dim=-2)
 
 
-def gather_hidden(hidden: Tensor, shard: Shard, layout: str) -> tuple[Tensor, Shard]:
+@_gather_rows.register_fake
+def _(mine, group, rank, ranks):
+    return mine.new_empty((*mine.shape[:-2], mine.shape[-2] * ranks, mine.shape[-1]))
+
+
+def _setup_context(ctx, inputs, output):
+    mine, _, ctx.rank, _ = inputs
+    ctx.each = mine.shape[-2]
+
+
+def _backward(ctx, grad):
+    return grad.narrow(-2, ctx.rank * ctx.each, ctx.each).clone(), None, None, None
+
+
+_gather_plainly = plainly_differentiable(_gather_rows, _setup_context, _backward)
+
+
+def gather_hidden(hidden: Tensor, shard: Shard, split: Split) -> tuple[Tensor, Shard]:
     """All rows of the hidden states, and the shard with what is left to say of their gradient.
 
     hidden: [..., T, H], or in the layout "sequence_sharded" this rank's [..., T / ranks, H].
     """
     if hidden.ndim < 2:
         raise ValueError(f"hidden must have shape [..., T, H] where the head is split; got {list(hidden.shape)}")
-    if layout == "sequence_sharded":
+    ranks = dist.get_world_size(split.tp_group)
+    if split.hidden_layout == "sequence_sharded":
         shard = shard._replace(grad_hidden="reduce_scatter")
-        hidden = _GatherRows.apply(hidden, _GROUPS[shard.group])
+        hidden = _gather_plainly(hidden, shard.group, dist.get_rank(split.tp_group), ranks)
     length = hidden.shape[-2]
-    if shard.grad_hidden == "reduce_scatter" and length % shard.ranks:
+    if shard.grad_hidden == "reduce_scatter" and length % ranks:
         raise ValueError(
-            f"grad_hidden 'reduce_scatter' needs as many rows for each of the {shard.ranks} ranks; hidden has {length}"
+            f"grad_hidden 'reduce_scatter' needs as many rows for each of the {ranks} ranks; hidden has {length}"
         )
     return hidden, shard._replace(length=max(length, 1))
 
@@ -200,7 +224,6 @@ def read_split(
         common, total = _agree(stop - first, stop, group, device)
     if first > total:
         raise ValueError(f"vocab_start must lie in [0, {total}], the vocabulary; got {first}")
-    _GROUPS[group.group_name] = group
     return Shard(group.group_name, split.grad_hidden or "all_reduce", first, max(common, 1), total, 1), stop - first
 
 

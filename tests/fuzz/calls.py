@@ -14,7 +14,8 @@ import reference
 import reference.loss
 from a3po_kernels.losses import one_pass
 
-from .cases import Case
+from .case import Case
+from .functions import Given, Recorded, give, record
 from .objectives import build
 
 PARAMETERS = ("hidden", "weight", "bias", "lora A", "lora B")
@@ -27,6 +28,7 @@ class Found:
     output: Any
     gradients: dict[str, Tensor] = field(default_factory=dict)
     plan: Any = None
+    metrics: list[Recorded | None] = field(default_factory=list)  # of the shaping's parts, what a function gave
 
 
 def spelled(values: Tensor, spelling: str) -> Tensor:
@@ -76,13 +78,21 @@ def _differentiate(case: Case, output: Any, leaves: dict[str, Tensor]) -> dict[s
 
 def call(case: Case) -> Found:
     """The package's answer; raises what the package raises."""
+    if case.spec is None:
+        return _call(case, None)
+    objective, metrics = record(build(a3po_kernels, case.spec))
+    found = _call(case, objective)
+    found.metrics = metrics
+    return found
+
+
+def _call(case: Case, objective: Any) -> Found:
     entry, keywords = case.entry, {**case.keywords, **case.options, "backend": case.backend}
     if entry == "group_advantages":
         return Found(a3po_kernels.group_advantages(**case.keywords, **case.options))
     if entry == "select_tokens":
         mask = keywords.pop("mask", None)
         return Found(a3po_kernels.select_tokens(keywords.pop("metric"), mask, **keywords))
-    objective = None if case.spec is None else build(a3po_kernels, case.spec)
     if objective is not None:
         keywords["objective"] = objective
     if case.head:
@@ -143,6 +153,8 @@ def _call_linear(case: Case, keywords: dict[str, Any], objective: Any) -> Found:
 
 
 def double(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: double(values) for name, values in value.items()}
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -178,16 +190,24 @@ class Scale:
     """How large the numbers are that the loss is a sum of: what rounding errors are relative to."""
 
     divisors: float = 0.0  # the sum over kept tokens of 1 / (what each is divided by)
+    factors: float = 1.0  # the largest ratio weight
+    metrics: list[Given] = field(default_factory=list)  # of the rules' functions
 
 
-def reference_loss(case: Case, statistics: Any, logits: Tensor) -> tuple[Any, Tensor, Tensor, Scale]:
+def reference_loss(case: Case, found: Found, statistics: Any, logits: Tensor) -> tuple[Any, Tensor, Tensor, Scale]:
     """(output, dL/dlogp, dL/dH, scale) of the reference's loss at given statistics, leaves [...] in fp64.
 
-    The package's own statistics are given: whichever token a rule selects or a bound clips is then no matter of their
-    rounding, for which they are judged apart.
+    The package's own statistics are given, and what its rules' functions gave: whichever token a rule selects or a
+    bound clips is then no matter of their rounding, for which they are judged apart.
     """
     scale = Scale()
-    aggregate = reference.loss.aggregate
+    objective, scale.metrics = give(build(reference, case.spec), found.metrics, case.spec.name == "clip_cov")
+    aggregate, ratio_factors = reference.loss.aggregate, reference.loss.ratio_factors
+
+    def factors(*arguments):
+        found = ratio_factors(*arguments)
+        scale.factors = max([1.0, *found[found.isfinite()].tolist()])
+        return found
 
     def recorded(objective, batch, loss_of, zero, *rest):
         ones = {row: torch.ones_like(value) for row, value in loss_of.items()}
@@ -201,11 +221,11 @@ def reference_loss(case: Case, statistics: Any, logits: Tensor) -> tuple[Any, Te
     with (
         mock.patch.object(reference.loss, "token_logprobs", lambda *_, **__: statistics),
         mock.patch.object(reference.loss, "aggregate", recorded),
+        mock.patch.object(reference.loss, "ratio_factors", factors),
     ):
         output = reference.policy_loss(
-            logits.detach(), targets, case.advantages.double(), objective=build(reference, case.spec), **keywords,
-            **rest,
-        )  # fmt: skip
+            logits.detach(), targets, case.advantages.double(), objective=objective, **keywords, **rest
+        )
     found = torch.autograd.grad(output.loss, list(statistics), allow_unused=True)
     d_logp, d_entropy = (torch.zeros(case.shape).double() if g is None else g for g in found)
     return output, d_logp, d_entropy, scale

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from .objectives import Made, draw_objective
+from .batch import draw_batch
+from .case import LOW, Case, Draw, legal_targets
+from .objectives import draw_objective
 
 ENTRIES = {
     "policy_loss": 34, "linear_policy_loss": 38, "logprob_policy_loss": 8, "token_logprobs": 5,
@@ -18,79 +15,6 @@ ENTRIES = {
 }  # fmt: skip
 LINEAR = ("linear_policy_loss", "linear_token_logprobs", "linear_min_p_token_logprobs")
 WITH_OBJECTIVE = ("policy_loss", "linear_policy_loss", "logprob_policy_loss")
-LOW = (torch.bfloat16, torch.float16)
-
-
-class Draw:
-    """The random choices of one case: Python's for words, torch's for arrays."""
-
-    def __init__(self, seed: int, index: int):
-        self.rng = random.Random(f"{seed}:{index}")
-        self.generator = torch.Generator().manual_seed(self.rng.getrandbits(62))
-
-    def chance(self, probability: float) -> bool:
-        return self.rng.random() < probability
-
-    def pick(self, *choices) -> Any:
-        return self.rng.choice(choices)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-
-    def true(self, probability: float, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator) < probability
-
-
-@dataclass
-class Case:
-    """What is called. keywords: as the call takes them; head: hidden, weight, ... of a linear entry.
-
-    tokens: bool [N], rows that are tokens; boundaries: where the rollouts begin, [S + 1].
-    """
-
-    seed: int
-    index: int
-    backend: str
-    entry: str
-    dtype: torch.dtype
-    shape: tuple[int, ...] = ()
-    boundaries: list[int] = field(default_factory=list)
-    vocabulary: int = 1
-    spec: Made | None = None
-    logits: Tensor | None = None
-    spelling: str = "plain"
-    head: dict[str, Tensor] = field(default_factory=dict)
-    lora_scale: float = 0.5
-    targets: Tensor | None = None
-    tokens: Tensor | None = None
-    advantages: Tensor | None = None
-    keywords: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    wanted: tuple[str, ...] = ()
-    factor: float = 1.0
-    plan: bool = False
-    main_grad: bool = False
-    module: bool = False
-    uncounted: bool = False  # one pass as on a GPU, where counting a chunk's rows would wait
-    extreme: bool = False
-    mended: bool = False
-    broken: bool = False
-
-    @property
-    def command(self) -> str:
-        return f"python -m tests.fuzz --seed {self.seed} --case {self.index} --backend {self.backend}"
-
-    @property
-    def head_dtype(self) -> torch.dtype:
-        """Of the logits."""
-        if not self.head:
-            return self.dtype
-        given = self.options.get("head_dtype")
-        return given or torch.promote_types(self.head["hidden"].dtype, self.head["weight"].dtype)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.head_dtype == torch.float64 else torch.float32
 
 
 def draw(seed: int, index: int, backend: str) -> Case:
@@ -113,7 +37,7 @@ def draw(seed: int, index: int, backend: str) -> Case:
         _draw_selection(d, case)
     elif entry in WITH_OBJECTIVE:
         case.spec = draw_objective(d.rng)
-        _draw_batch(d, case)
+        draw_batch(d, case)
     if entry in ("min_p_token_logprobs", "linear_min_p_token_logprobs"):
         case.options["min_p"] = d.pick(0.02, 0.3, 1.0)
     if d.chance(0.3):
@@ -240,12 +164,6 @@ def _draw_logits(d: Draw, case: Case) -> None:
     case.module = d.chance(0.1)
 
 
-def legal_targets(case: Case) -> tuple[Tensor, Tensor]:
-    """(bool: rows whose target is in the vocabulary, targets with 0 elsewhere)."""
-    legal = (case.targets >= 0) & (case.targets < case.vocabulary)
-    return legal, torch.where(legal, case.targets, 0).long()
-
-
 def _draw_head(d: Draw, case: Case) -> None:
     width, columns = d.pick(1, 4, 6, 8), case.vocabulary + d.pick(0, 0, 3)
     options, head = case.options, case.head
@@ -302,97 +220,3 @@ def _draw_selection(d: Draw, case: Case) -> None:
     if len(case.shape) == 1 and d.chance(0.2):
         case.keywords.pop("cu_seqlens")
         case.boundaries = [0, case.shape[0]]
-
-
-def current_logprobs(case: Case) -> Tensor:
-    """fp64 [...] of the case's own policy, to draw old and reference log-probs around; 0 where there is none."""
-    if case.head:
-        head = {name: value.double() for name, value in case.head.items()}
-        weight = head["weight"]
-        if "lora A" in head:
-            weight = weight + case.lora_scale * head["lora B"] @ head["lora A"]
-        logits = head["hidden"].nan_to_num() @ weight.T + head.get("bias", 0.0)
-        logits = logits[..., : case.vocabulary]
-    else:
-        logits = case.logits.double().nan_to_num(neginf=-torch.inf)
-    y = logits * case.options.get("logit_scale", 1.0)
-    if softcap := case.options.get("softcap"):
-        y = torch.where(y.isfinite(), softcap * torch.tanh(y / softcap), y)
-    temperature = case.options.get("temperature", 1.0)
-    if isinstance(temperature, Tensor) and temperature.ndim:
-        temperature = temperature.double().unsqueeze(-1)
-    _, targets = legal_targets(case)
-    found = torch.log_softmax(y / temperature, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return torch.where(found.isfinite(), found, 0.0)
-
-
-def _draw_batch(d: Draw, case: Case) -> None:
-    """The N-sized arguments of a policy loss."""
-    shape, tokens, keywords = case.shape, case.tokens.view(case.shape), case.keywords
-    rollouts = len(case.boundaries) - 1
-    compute = case.compute_dtype
-
-    def given(values: Tensor) -> Tensor:
-        """In a dtype that the statistics' dtype holds without rounding."""
-        dtype = d.pick(compute, compute, compute, torch.float32, torch.bfloat16)
-        return values.to(dtype).to(d.pick(dtype, dtype, torch.float64))
-
-    def hidden(values: Tensor) -> Tensor:
-        return given(values).masked_fill(~tokens, torch.nan) if d.chance(0.8) else given(values)
-
-    current = current_logprobs(case)
-    off = d.pick(0.05, 0.3, 0.3, 1.0)
-    old = current + off * d.normal(*shape)
-    case.extreme = compute == torch.float64 and d.chance(0.08)
-    if case.extreme:
-        old = old + d.pick(20.5, 30.0) * d.true(0.3, *shape) - d.pick(20.5, 40.0) * d.true(0.2, *shape)
-    if d.chance(0.3):
-        old = (4 * old).round() / 4  # ties
-    if d.chance(0.75):
-        keywords["old_logprobs"] = hidden(old)
-    if d.chance(0.97 if "kl_coef" in case.spec.fields else 0.4):
-        keywords["ref_logprobs"] = hidden(current + 0.3 * d.normal(*shape))
-    if d.chance(0.6):
-        keywords["old_entropy"] = hidden((4 * d.normal(*shape).abs()).round() / 4)
-    low_head = bool(case.head) and case.head_dtype in LOW
-    lp_reg = case.spec.name == "lp_reg" or "low_probability" in case.spec.fields
-    # Where min-p keeps all tokens t is logp but for rounding, and t > logp a coin: only where both ways are the same.
-    hinges = lp_reg and (low_head or case.spec.name != "lp_reg")
-    if d.chance(0.5 if lp_reg else 0.1) or (hinges and d.chance(0.97 if "old_logprobs" in keywords else 1.0)):
-        keywords["min_p_logprobs"] = hidden(torch.where(d.true(0.1, *shape), -torch.inf, current + d.normal(*shape)))
-    alike = shape == (rollouts,)  # then values are the rollouts'
-    kind = "rollout" if alike else d.pick("rollout", "token")
-    signs = torch.tensor([1.0, -1.0, 0.0, -0.0], dtype=torch.float64)
-    sign = signs[torch.randint(0, d.pick(2, 3, 4), shape if kind == "token" else (rollouts,), generator=d.generator)]
-    advantages = given(sign * (0.5 + d.normal(*sign.shape).abs()))
-    empty = torch.tensor([
-        not case.tokens[a:b].any() for a, b in zip(case.boundaries, case.boundaries[1:], strict=False)
-    ], dtype=torch.bool)  # fmt: skip
-    if d.chance(0.8):
-        advantages = advantages.masked_fill(~tokens if kind == "token" else empty, torch.nan)
-    case.advantages = advantages
-    if d.chance(0.25):
-        size = shape if d.chance(0.5) else (rollouts,)
-        polarity = torch.randint(-1, 2, size, generator=d.generator)
-        keywords["polarity"] = polarity.to(d.pick(torch.int64, torch.int8, torch.float32, torch.float64))
-    if d.chance(0.25):
-        per_token = d.chance(0.6) and not alike
-        importance = 0.5 + torch.rand(shape if per_token else (rollouts,), generator=d.generator)
-        keywords["importance_weights"] = hidden(importance) if per_token else given(importance)
-    kind = d.pick("none", "none", "float", "0-d")
-    if kind != "none":
-        value = d.pick(0.5, 7.0, 100.0, 0.0)
-        dtype = d.pick(torch.float32, torch.float64)
-        keywords["denominator"] = value if kind == "float" else torch.tensor(value, dtype=dtype)
-    if d.chance(0.5):
-        keywords["max_length"] = d.pick(5, 9.0)
-    if d.chance(0.7):
-        step = d.pick(0, 3, 50, 150.5)
-        keywords["step"] = torch.tensor(step, dtype=compute) if d.chance(0.4) else step
-    if case.entry == "logprob_policy_loss":
-        # Given in the logits' dtype.
-        keywords["logprobs"] = current.masked_fill(~tokens, torch.nan).to(case.dtype)
-        if d.chance(0.7):
-            keywords["entropy"] = d.normal(*shape).abs().masked_fill(~tokens, torch.nan).to(case.dtype)
-        case.wanted = tuple(name for name in ("logprobs", "entropy") if name in keywords and d.chance(0.9))
-        case.logits, case.spelling = None, "plain"

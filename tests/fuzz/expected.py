@@ -11,8 +11,9 @@ import torch
 import reference
 
 from .calls import double
-from .cases import Case
-from .objectives import build
+from .case import Case
+from .functions import READS
+from .objectives import SCORES, build, written
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Features:
     on_policy: bool
     current: list[Any]  # the rules that select by the current policy
     unit: str  # whose statistics a token's gradient depends on
+    beside: bool  # whether a token's gradient is known beside its own statistics
+    written: bool  # whether a surrogate is a function
 
 
 def features(case: Case) -> Features:
@@ -31,20 +34,31 @@ def features(case: Case) -> Features:
     rules = [rule for rule in objective.shaping if isinstance(rule, reference.TokenRule)]
 
     def is_current(rule) -> bool:
+        if callable(rule.metric) or rule.metric in SCORES:
+            return callable(rule.metric) and rule.source == "current"
         given = {"probability": "old_logprobs", "entropy": "old_entropy"}[rule.metric]
         return rule.source == "current" or given not in keywords
 
     current = [rule for rule in rules if is_current(rule)]
-    return Features(objective, on_policy, current, unit_of(objective, rules, bool(current)))
+    own = bool(written(case.spec))
+    beside = not (
+        objective.ratio_level != "token" or objective.low_probability or current or objective.ratio_weights or own
+        or any(rule.replacement for rule in rules) or case.dtype == torch.float16
+    )  # fmt: skip
+    return Features(objective, on_policy, current, unit_of(case, objective, rules, bool(current)), beside, own)
 
 
-def unit_of(objective: Any, rules: list[Any], current: bool) -> str:
-    if objective.low_probability is not None:
+def unit_of(case: Case, objective: Any, rules: list[Any], current: bool) -> str:
+    own = case.spec.fields["surrogate"].fields.get("depends_on") if case.spec.name == "Objective" else None
+    if objective.low_probability is not None or own == "batch":
         return "batch"
-    wide = any(rule.scope in ("batch", "global") for rule in rules)
+    wide = any(rule.scope in ("batch", "global") or callable(rule.metric) for rule in rules)
     if current and (wide or objective.normalize_over == "selected"):
         return "batch"
-    return "rollout" if current or objective.ratio_level == "sequence" else "token"
+    together = own == "rollout" or objective.ratio_level != "token" or any(
+        getattr(weight, "level", "sequence") != "token" for weight in objective.ratio_weights
+    )  # fmt: skip
+    return "rollout" if current or together else "token"
 
 
 def refusals(case: Case) -> list[str]:
@@ -55,16 +69,20 @@ def refusals(case: Case) -> list[str]:
     objective, found = f.objective, []
     if objective.kl_estimator == "k3-ratio" and objective.ratio_level == "sequence":
         return ["k3-ratio"]
+    rules = [rule for rule in objective.shaping if isinstance(rule, reference.TokenRule)]
+    if any(rule.metric in SCORES and rule.metric not in keywords.get("scores", {}) for rule in rules):
+        return ["scores"]
+    for name in (READS.get(rule.metric) for rule in rules):
+        missing = name is not None and name not in keywords
+        if missing and (name != "entropy" or entry == "logprob_policy_loss"):
+            found.append(name)
     if objective.kl_coef and "ref_logprobs" not in keywords:
         found.append("ref_logprobs")
     if objective.low_probability and "min_p_logprobs" not in keywords and (
         not f.on_policy or entry == "logprob_policy_loss"
     ):  # fmt: skip
         found.append("min_p_logprobs")
-    by_old_entropy = any(
-        isinstance(rule, reference.TokenRule) and (rule.metric, rule.source) == ("entropy", "old")
-        for rule in objective.shaping
-    )
+    by_old_entropy = any((rule.metric, rule.source) == ("entropy", "old") for rule in rules)
     if by_old_entropy and "old_entropy" not in keywords and not f.on_policy:
         found.append("old_entropy")
     needs_length = objective.aggregation == "seq-mean-token-sum-norm" and len(case.shape) == 1
@@ -74,9 +92,7 @@ def refusals(case: Case) -> list[str]:
         objective.entropy_coef or any(rule.metric == "entropy" for rule in f.current)
     ):  # fmt: skip
         found.append("current policy's entropy")
-    if case.options.get("route") == "one-launch" and (
-        objective.ratio_level == "sequence" or objective.low_probability or f.current or case.dtype == torch.float16
-    ):
+    if case.options.get("route") == "one-launch" and not f.beside:
         found.append("one-launch")
     if entry == "linear_policy_loss":
         found += _linear_refusals(case, f)
@@ -111,9 +127,13 @@ def _may_move(case: Case, objective: Any) -> list[bool]:
         name: [x[s].item() for s in rows] if x.shape == (rollouts,) else x.reshape(-1).tolist()
         for name, x in batch.items()
     }
+    surrogates = [objective.surrogate, *(getattr(rule, "replacement", None) for rule in objective.shaping)]
+    penalty = any(getattr(surrogate, "penalty", 0.0) for surrogate in surrogates)
+    free = bool(objective.kl_coef or objective.entropy_coef or objective.log_ratio_coef or penalty)
+    free = free or bool(written(case.spec))
     found = []
     for advantage, polarity in zip(values["advantages"], values["polarity"], strict=True):
-        moves = advantage != 0 or bool(objective.kl_coef or objective.entropy_coef)
+        moves = advantage != 0 or free
         for rule in objective.shaping:
             if isinstance(rule, reference.PolarityWeights):
                 factor = rule.positive if polarity > 0 else rule.negative if polarity < 0 else rule.zero
@@ -132,7 +152,8 @@ def planned_rows(case: Case, f: Features) -> list[int]:
     if case.plan:
         tokens = (case.keywords["mask"] != 0 if "mask" in case.keywords else torch.ones(case.shape)).reshape(-1) != 0
         rules = [rule for rule in objective.shaping if isinstance(rule, reference.TokenRule)]
-        unit = unit_of(objective, rules, bool(rules))
+        readers = [r for r in rules if (r.source == "current" if callable(r.metric) else r.metric not in SCORES)]
+        unit = unit_of(case, objective, rules, bool(readers))
     else:
         tokens, unit = case.tokens, f.unit
         if not f.current:
@@ -152,7 +173,8 @@ def known_weights(case: Case, objective: Any) -> list[float]:
     per_token = ("old_logprobs", "old_entropy", "ref_logprobs", "min_p_logprobs", "polarity", "importance_weights")
     batch = reference.loss.read_batch(
         case.targets, case.keywords.get("mask"), keywords.get("cu_seqlens"), case.options["ignore_index"],
-        torch.float64, advantages=case.advantages.double(), **{name: keywords.get(name) for name in per_token},
+        torch.float64, advantages=case.advantages.double(), scores=keywords.get("scores"),
+        **{name: keywords.get(name) for name in per_token},
     )  # fmt: skip
     nothing = torch.zeros(case.tokens.numel(), dtype=torch.float64)
     weights = reference.loss.shape_tokens(objective, batch, nothing, nothing, keywords.get("step", 0)).weights
@@ -180,11 +202,7 @@ def routes(case: Case) -> set[str]:
     if case.entry == "policy_loss":
         if route == "one-launch":
             return {"one-launch"}
-        possible = not (
-            f.objective.ratio_level == "sequence" or f.objective.low_probability or f.current
-            or case.dtype == torch.float16
-        )  # fmt: skip
-        measured = route == "auto" and possible and case.backend == "triton"
+        measured = route == "auto" and f.beside and case.backend == "triton"
         return {"two-stage", "one-launch"} if measured else {"two-stage"}
     capacity = isinstance(case.options["compaction"], int) and case.backend == "triton"
     together = route != "recompute" and not capacity and fits(case, f) and sum(planned_rows(case, f))

@@ -19,9 +19,22 @@ from torch import Tensor
 
 import reference
 
+from .bounds import (
+    eps,
+    largest,
+    logit_bound,
+    logit_slope,
+    product_bound,
+    smallest,
+    surrogates_of,
+    term_bound,
+)
 from .calls import Found, call, cotangents, exact_statistics, reference_loss, transform_of
-from .cases import LOW, Case, draw
+from .case import LOW, Case
+from .cases import draw
 from .expected import features, mend, planned_rows, refusals, routes
+from .functions import Given, written_gspo
+from .objectives import written
 
 SLACK, ROUNDINGS = 4.0, 32.0
 # The interpreter cuts fp32 off to bf16 and fp16 where a GPU rounds.
@@ -85,18 +98,6 @@ def require(condition: bool, message: str) -> None:
         raise Fault(message)
 
 
-def largest(*tensors: Tensor | None) -> float:
-    """Of the finite magnitudes; 0 of nothing."""
-    values = [x.detach().double().abs().reshape(-1) for x in tensors if x is not None]
-    every = torch.cat(values) if values else torch.zeros(0)
-    every = every[every.isfinite()]
-    return every.max().item() if every.numel() else 0.0
-
-
-def eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
-
-
 def judge(case: Case, found: Found) -> None:
     if case.entry == "group_advantages":
         rewards = case.keywords["rewards"]
@@ -139,15 +140,6 @@ def judge(case: Case, found: Found) -> None:
     return _judge_loss(case, found, truth, eager, computed, x)
 
 
-def logit_bound(case: Case, logits: Tensor) -> float:
-    """The largest |transformed logit|, before a softcap bounds it: what an exponent's rounding is relative to."""
-    on = case.tokens.view(case.shape)
-    temperature = case.options.get("temperature", 1.0)
-    low = temperature.min().item() if isinstance(temperature, Tensor) and temperature.numel() else temperature
-    low = 1.0 if isinstance(low, Tensor) else float(low)
-    return largest(logits[on]) * case.options.get("logit_scale", 1.0) / low
-
-
 def _judge_min_p(case: Case, got: Tensor) -> None:
     _, _, logits = exact_statistics(case)
     if case.head_dtype in LOW and case.head:
@@ -177,9 +169,11 @@ def _judge_loss(case: Case, found: Found, truth: Any, eager: Any = None, compute
         ]
         logits = truth[2]
     leaves = reference.TokenStats(*(torch.where(on, value, 0.0).requires_grad_() for value in values))
-    want, d_logp, d_entropy, scale = reference_loss(case, leaves, logits)
+    want, d_logp, d_entropy, scale = reference_loss(case, found, leaves, logits)
     f = features(case)
-    amplitude = term_bound(case, f.objective, leaves, want)
+    amplitude = term_bound(case, f.objective, leaves, want, scale.factors)
+    for metric in scale.metrics:
+        judge_metric_of_a_rule(case, f.objective, metric)
     rounding = ROUNDINGS * eps(compute)
     expect("loss", output.loss, want.loss, rounding * amplitude * scale.divisors)
     require(output.loss.dtype == compute, f"loss: {output.loss.dtype}")
@@ -202,39 +196,21 @@ def _judge_loss(case: Case, found: Found, truth: Any, eager: Any = None, compute
             expect(f"gradient of {name}", got, case.factor * gradient, bound * max(abs(case.factor), 1.0))
 
 
-def smallest(dtype: torch.dtype) -> float:
-    """The step of the smallest numbers."""
-    return torch.finfo(dtype).smallest_normal * eps(dtype)
-
-
-def term_bound(case: Case, objective: Any, statistics: Any, want: Any) -> float:
-    """How large a token's loss, or a part of it that cancels, may be, times the exponents whose rounding exp keeps."""
-    keywords, on = case.keywords, case.tokens
-    logp = statistics.logprobs.detach().reshape(-1)[on]
-
-    def flat(name: str) -> Tensor | None:
-        return keywords[name].double().reshape(-1)[on] if name in keywords else None
-
-    old, ref, proxy = flat("old_logprobs"), flat("ref_logprobs"), flat("min_p_logprobs")
-    logs = 1.0 + largest(logp, old, ref)
-    ratio = max(largest(want.metrics["ratio_max"]), 1.0)
-    importance = largest(keywords.get("importance_weights")) or 1.0
-    policy = largest(case.advantages) * max(largest(want.weights), 1e-30) * importance * ratio * logs
-    kl = 0.0
-    if objective.kl_coef:
-        gap = ref - logp
-        factor = ratio if objective.kl_estimator == "k3-ratio" else 1.0
-        kl = objective.kl_coef * factor * (1.0 + largest(gap) ** 2 + math.exp(min(max([0.0, *gap.tolist()]), 50.0)))
-    entropy = abs(objective.entropy_coef) * (1.0 + largest(statistics.entropy))
-    replaced = 0.0
-    if objective.low_probability is not None:
-        gap = torch.zeros(1) if proxy is None else proxy - logp
-        # Its slope is 1 - e^gap, up to where the penalty of 10 ends it.
-        replaced = objective.low_probability.beta * importance * 20.0 * (1.0 + largest(gap.clamp(max=3.0)))
-    if objective.ratio_level == "sequence":
-        policy *= 1.0 + logs
-    sapo = 1.0 + 4.0 * isinstance(objective.surrogate, reference.Sapo)
-    return policy * sapo + kl * logs + entropy + replaced
+def judge_metric_of_a_rule(case: Case, objective: Any, given: Given) -> None:
+    """What a function of the tokens gave to the package, from the package's own statistics."""
+    if case.broken or given.seen is None:
+        return
+    t, rounding = given.seen, ROUNDINGS * eps(case.compute_dtype)
+    bound = rounding * (1.0 + largest(t.advantages)) * (1.0 + largest(t.old_logprobs)) * 30.0
+    if not given.candidates:
+        return expect("a rule's metric", given.got[t.mask], given.want[t.mask], bound * (1.0 + largest(given.want)))
+    clip, value = objective.surrogate, reference.presets.covariance(t)
+    own = case.spec.fields
+    edges = [value - own.get("low", 1.0), value - own.get("high", 5.0), t.ratio - 1 - clip.epsilon_high,
+             t.ratio - 1 + clip.epsilon_low]  # fmt: skip
+    clear = t.mask & (torch.stack(edges).abs() > bound).all(0)
+    same = (given.got > -torch.inf) == (given.want > -torch.inf)
+    require(bool(same[clear].all()), f"candidates {given.got}, expected {given.want}")
 
 
 def _judge_metrics(case: Case, found: Found, want: Any, statistics: Any, computed: Tensor | None) -> None:
@@ -258,10 +234,16 @@ def _judge_metrics(case: Case, found: Found, want: Any, statistics: Any, compute
             wanted["approx_kl"] = torch.zeros(()) if old is None else (old - statistics.logprobs)[computed].mean()
     if case.entry == "logprob_policy_loss" and "entropy" not in case.keywords:
         wanted["entropy"] = torch.tensor(math.nan)
-    sapo = isinstance(features(case).objective.surrogate, reference.Sapo)
-    if case.broken or (sapo and (case.extreme or case.compute_dtype != torch.float64)):
-        # NaN has no size; the gate is flat at large ratios, but for what the precision holds.
+    objective, custom = features(case).objective, written(case.spec)
+    flat = any(isinstance(surrogate, reference.Sapo) for surrogate in surrogates_of(objective))
+    flat = flat or any(isinstance(weight, reference.Vespo) for weight in objective.ratio_weights)
+    if case.broken or (flat and (case.extreme or case.compute_dtype != torch.float64)):
+        # NaN has no size; the gate and VESPO's factor are flat at large ratios, but for what the precision holds.
         names -= {"active_fraction"}
+    if custom:
+        names -= {"clip_fraction_low", "clip_fraction_high", "dual_clip_fraction"}  # a function has no bounds
+    if written_gspo in custom:
+        names -= {"ratio_mean", "ratio_max"}  # of the tokens
     for name in sorted(names):
         value = torch.as_tensor(wanted[name]).double()
         size = {"kl": math.exp(min(gap, 50.0)) * logs, "ratio_mean": ratio, "ratio_max": ratio}.get(name, 1.0)
@@ -328,6 +310,8 @@ def _of_a_broken_row(case: Case, found: Found, got: Tensor, want: Tensor, on: Te
     if not case.broken:
         return got, want
     broken = on & (found.output.weights != 0) & (case.logits.isnan() | (case.logits == torch.inf)).any(-1)
+    if any(isinstance(surrogate, reference.Nothing) for surrogate in surrogates_of(features(case).objective)):
+        broken &= False  # a token without a surrogate is in no loss
     require(bool(got[broken].isnan().all()), "a kept row with NaN has a gradient of numbers")
     unknown = got.isnan() | want.isnan()
     return got.masked_fill(unknown, 0.0), want.masked_fill(unknown, 0.0)
@@ -346,25 +330,3 @@ def overflows(case: Case, rows: int | Tensor) -> bool:
 def _judge_overflow(found: Found) -> None:
     for name, gradient in found.gradients.items():
         require(bool(gradient.isnan().any()), f"more rows than the capacity, and the gradient of {name} is a number")
-
-
-def logit_slope(case: Case) -> float:
-    temperature = case.options.get("temperature", 1.0)
-    low = temperature.min().item() if isinstance(temperature, Tensor) and temperature.numel() else temperature
-    return case.options.get("logit_scale", 1.0) / (1.0 if isinstance(low, Tensor) else float(low))
-
-
-def product_bound(case: Case, name: str, leaf: Tensor) -> float:
-    """How large dL/d(name) is for a logits gradient of 1 in every row."""
-    head, rows = case.head, max(int(case.tokens.sum()), 1)
-    on = case.tokens.view(case.shape)
-    hidden = largest(head["hidden"][on]) * head["hidden"].shape[-1] if name != "weight" else largest(head["hidden"][on])
-    a, b = largest(head.get("lora A")), largest(head.get("lora B"))
-    rank = head["lora A"].shape[0] if "lora A" in head else 0
-    if name == "hidden":
-        return 2 * (largest(head["weight"]) + case.lora_scale * rank * a * b)
-    if name == "weight":
-        return rows * hidden
-    if name == "bias":
-        return rows
-    return rows * case.lora_scale * (hidden * a if name == "lora B" else 2 * hidden * b)

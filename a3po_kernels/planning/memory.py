@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .backends.torch.rows import CPU_CHUNK, GPU_CHUNK
-from .core.checks import compute_dtype
-from .core.tiles import Tiles, column_tiles, default_chunk_bytes, row_tiles
-from .objectives import Objective
+from ..backends.torch.rows import CPU_CHUNK, GPU_CHUNK
+from ..core.checks import compute_dtype
+from ..core.tiles import Tiles, card_chunk_bytes, column_tiles, default_chunk_bytes, row_tiles
+from ..objectives import Objective
 
 # fp32 or integer numbers per token that the stages between the vocabulary's two hold at once.
 _PER_TOKEN = 40
@@ -52,6 +52,7 @@ def estimate_memory(
     main_grad: bool = False,
     max_chunk_bytes: int | None = None,
     device: torch.device | str = "cpu",
+    device_memory: int | None = None,
     backend: str = "auto",
 ) -> dict[str, int]:
     """Bytes that forward and backward of linear_policy_loss hold at their peak above the inputs, by part.
@@ -62,6 +63,8 @@ def estimate_memory(
         route: "one-pass", "recompute", or "statistics" for a call under no_grad.
         active_fraction: share of the rows with a gradient, where compaction leaves the others out.
         statistics, max_chunk_bytes, backend: as in linear_policy_loss. device: where it runs.
+        device_memory: bytes of a card that is not here; with it and device="cuda" no GPU is asked, and the default
+            chunks are what that card takes while most of it is free.
         frozen_weight: no gradient of the weight. main_grad: it is added to a buffer that is there already.
 
     Returns:
@@ -70,15 +73,22 @@ def estimate_memory(
         lives at one time.
 
     Raises:
-        ValueError: an unknown route, or sizes out of range.
+        ValueError: an unknown route, sizes out of range, or device_memory of a CPU.
     """
     if route not in ("one-pass", "recompute", "statistics"):
         raise ValueError(f"route must be 'one-pass', 'recompute' or 'statistics'; got {route!r}")
     if min(rows, width, vocabulary) < 1 or not 0 <= active_fraction <= 1:
         raise ValueError("rows, width and vocabulary must be positive and active_fraction lie in [0, 1]")
     device = torch.device(device)
-    budget = max_chunk_bytes or default_chunk_bytes(device)
-    chunk_budget = max_chunk_bytes or default_chunk_bytes(device, one_pass=True)
+    if device_memory is not None and (device.type == "cpu" or device_memory < 1):
+        raise ValueError(f"device_memory is the positive size of a GPU; got {device_memory} for device {device.type!r}")
+
+    def default_bytes(one_pass: bool) -> int:
+        if device_memory is not None:
+            return card_chunk_bytes(device_memory, one_pass)
+        return default_chunk_bytes(device, one_pass)
+
+    budget, chunk_budget = (max_chunk_bytes or default_bytes(one_pass) for one_pass in (False, True))
     item, wide = _itemsize(dtype), _itemsize(compute_dtype(dtype))
     active = round(rows * active_fraction)
     computed = active if statistics == "active" else rows
