@@ -30,7 +30,7 @@ INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpre
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-triton36 fuzz mutate bench demo train-plain dynamics clean distclean
+.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-megatron test-triton36 fuzz mutate bench demo train-plain dynamics clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,8 @@ VERL_IMPORTS := ray tensordict omegaconf codetiming transformers
 $(eval $(call environment,$(VENV),constraints.txt,-e '.[dev]',))
 $(eval $(call environment,.venv-trl,constraints-trl.txt,$(TEST_TOOLS) $(TRL_REQUIREMENTS),))
 $(eval $(call environment,.venv-verl,constraints-verl.txt,$(TEST_TOOLS) $(VERL_IMPORTS),verl==0.9.1))
+# Its wheels are said to want a Python that they run without.
+$(eval $(call environment,.venv-megatron,constraints.txt,$(TEST_TOOLS),--ignore-requires-python megatron-core==0.19.2))
 $(eval $(call environment,.venv-triton36,constraints-triton36.txt,$(TEST_TOOLS),triton==3.6.0))
 
 env: $(VENV)/.stamp  ## make or update .venv
@@ -85,6 +87,9 @@ test-trl: .venv-trl/.stamp  ## TRL, transformers, Liger-Kernel and the examples,
 
 test-verl: .venv-verl/.stamp  ## conformance with verl, in .venv-verl
 	$(call PYTEST,.venv-verl,verl) -m verl tests/conformance $(PYTEST_ARGS)
+
+test-megatron: .venv-megatron/.stamp  ## inside Megatron-Core's GPTModel, in .venv-megatron; not part of CI
+	$(call PYTEST,.venv-megatron,megatron) -m megatron tests/conformance/test_megatron_core.py $(PYTEST_ARGS)
 
 test-triton36: .venv-triton36/.stamp  ## the kernels in the interpreter of Triton 3.6, in .venv-triton36
 	TRITON_INTERPRET=1 $(call PYTEST,.venv-triton36,triton36) -m "interpreter and $(OTHERS)" $(PYTEST_ARGS)
@@ -116,4 +121,4 @@ clean:  ## remove what tests and builds leave
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environments
-	rm -rf .venv .venv-trl .venv-verl .venv-triton36
+	rm -rf .venv .venv-trl .venv-verl .venv-megatron .venv-triton36

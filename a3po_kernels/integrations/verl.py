@@ -11,6 +11,9 @@ use_fused_kernels=True calls the head whatever fused_kernel_options.impl_backend
 'liger' call FusedLinearForPPO, 'triton' and the Megatron engine linear_cross_entropy, and both are replaced. Not
 replaced: what the VeOmni engine's models compute themselves, and Kimi-VL, whose forward verl leaves as it is. verl's
 forwards hand over the head's weight alone: they leave a bias, a softcap and a logit scale out, with either head.
+
+The Megatron engine may split the head over tensor-parallel ranks, with and without sequence parallelism: see
+linear_cross_entropy and install_head.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from ..losses.logprobs import logprob_policy_loss
 from ..named_objectives import CovarianceCandidates, presets
 from ..objectives import Cispo, Clip, Dppo, Gmpo, Objective, Sapo, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
+from ._verl_megatron import FUSED, OVERLAP, AfterImport, grad_hidden, guard_overlap, replace_fused_forward
 
 __all__ = ["install_head", "linear_cross_entropy", "register_objective", "set_step", "training_step"]
 
@@ -199,7 +203,7 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl.utils.kernel.linear_cross_entropy.linear_cross_entropy by linear_token_logprobs, on any device.
+    """linear_cross_entropy of verl 0.9.1 (verl.utils.kernel) by linear_token_logprobs, on any device.
 
     verl gives it neither mask nor advantages: no rows can be planned (see plan_rows), and on a GPU forward waits once.
 
@@ -207,26 +211,26 @@ def linear_cross_entropy(
         hidden: [..., H]; weight: [V, H]; labels: [...]: hidden's row i predicts labels[i].
         temperature: what the logits are divided by.
         reduction: "none", "sum" or "mean" of the log-probs over all rows.
-        dist_process_group: a tensor-parallel group of one rank, or None.
+        dist_process_group: the tensor-parallel group, whose ranks hold equal parts [V / tp, H] of the head in rank
+            order, and the same rows and labels (of the whole vocabulary). Each rank's dHidden is then its part of a
+            sum that is left to the caller, as verl's kernel leaves it: under sequence parallelism the gather of the
+            hidden states sums in backward. Called by verl's forward for Megatron-Core below 0.18 without sequence
+            parallelism, where nothing else does, it sums; from 0.18 on the output processor does (install_head).
 
     Returns:
-        (log-probs of the labels, fp32, [N] or reduced to 0-d; entropy, fp32 [N]), nats, rows flattened as in verl.
+        (log-probs of the labels, fp32, [N] or reduced to 0-d; entropy, fp32 [N]), nats, rows flattened as in verl, the
+        same on all ranks.
 
     Raises:
-        ValueError: a group of more ranks, or a DTensor: the weight is one slice of the head, and the
-            vocabulary-parallel head does not exist yet.
+        ValueError: a DTensor as weight, an unknown reduction.
     """
-    if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
-        raise ValueError(
-            f"linear_cross_entropy got a group of {dist.get_world_size(dist_process_group)} ranks, each with a slice "
-            "of the vocabulary: the vocabulary-parallel head does not exist yet; use tensor_model_parallel_size = 1"
-        )
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean'; got {reduction!r}")
     _check_whole("weight", weight)
     stats = linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature
-    )
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature,
+        tp_group=dist_process_group, grad_hidden=None if dist_process_group is None else grad_hidden.get(),
+    )  # fmt: skip
     logprobs = stats.logprobs
     if reduction != "none":
         logprobs = logprobs.sum() if reduction == "sum" else logprobs.mean()
@@ -268,9 +272,13 @@ def install_head() -> None:
     """Puts our head in the place of verl's: linear_cross_entropy, and the forward of the class FusedLinearForPPO.
 
     The function is replaced in its own module and in those of verl that have imported it, under whatever name; the
-    class stays the class it is, so that who has imported it, or holds an instance, calls our head too.
+    class stays the class it is, so that who has imported it, or holds an instance, calls our head too. The Megatron
+    engine's output processor is replaced when its module is imported, by one that sums dHidden over the tensor-parallel
+    ranks whether sequence parallelism is on or off.
     """
     FusedLinearForPPO.forward = _fused_linear_for_ppo
+    AfterImport(FUSED, replace_fused_forward).install()
+    AfterImport(OVERLAP, guard_overlap).install()
     theirs = verl_head.linear_cross_entropy
     if theirs is linear_cross_entropy:
         return

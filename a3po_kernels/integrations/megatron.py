@@ -1,0 +1,204 @@
+"""Megatron-Core 0.18 to 0.19: log-probs, entropy and the policy loss as GPTModel's output processor; no logits.
+
+    from a3po_kernels.integrations.megatron import HeadContext, output_processor
+
+    out = model(
+        input_ids, position_ids, attention_mask, labels=labels, output_processor=output_processor,
+        output_processor_context=HeadContext(dapo(), advantages, old_logprobs=old, mask=mask, temperature=0.7),
+    )
+    out.policy.loss, out.logprobs
+
+labels [B, S] are the tokens that the rows predict, as for Megatron's own loss. What forward returns is a HeadOutput, on
+the last pipeline stage. Nothing is imported from Megatron, whose GPTModel calls the function by keywords.
+
+Tensor parallelism, with and without sequence parallelism: the group, and whether the hidden states are split along the
+sequence, are read from the output layer. dHidden is summed over its group here, once and in fp32, as the layer's own
+backward would do it; every rank has the same statistics and the same loss, and calls backward on it. The weight's
+gradient is returned to autograd, from which Megatron's data parallelism takes it, with gradient_accumulation_fusion
+too. The rows that pad the vocabulary are in the softmax, as in Megatron; HeadContext(vocab_size=) leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..losses.linear import linear_policy_loss
+from ..losses.stages import PolicyLossOutput
+from ..objectives import Objective
+from ..ops.linear_token_logprobs import linear_token_logprobs
+
+__all__ = ["HeadContext", "HeadOutput", "output_processor"]
+
+# What the output layer and Megatron's arguments say.
+_READ_HERE = ("objective", "bias", "logit_scale", "tp_group", "vocab_start", "hidden_layout", "grad_hidden")
+
+
+class HeadContext:
+    """What output_processor is to compute of one micro-batch: Megatron hands it over as output_processor_context."""
+
+    def __init__(self, objective: Objective | None = None, advantages: Tensor | None = None, **options: Any):
+        """The arguments of linear_policy_loss; without an objective, of linear_token_logprobs.
+
+        Args:
+            objective, advantages: of the policy loss, both or neither.
+            options: any other keyword of the function: temperature, vocab_size, old_logprobs, mask, denominator, ...
+                Per-token tensors are [B, S] like labels, this rank's. With cu_seqlens [R + 1], the offsets of the
+                rollouts in one packed row, B is 1 and they are [S]. Excepted are bias, logit_scale, tp_group,
+                vocab_start, hidden_layout and grad_hidden, which are read from the model.
+
+        Raises:
+            ValueError: one of objective and advantages without the other. TypeError: an unknown option.
+        """
+        if (objective is None) != (advantages is None):
+            raise ValueError("HeadContext takes objective and advantages, or neither; got one of them")
+        call = linear_token_logprobs if objective is None else linear_policy_loss
+        known = [name for name in call.__kwdefaults__ or () if name not in _READ_HERE]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"unexpected option {name!r} of {call.__name__}; HeadContext takes {', '.join(known)}")
+        self.objective, self.advantages, self.options = objective, advantages, options
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What forward returns; no tuple, which Megatron's Float16Module would take apart.
+
+    logprobs, entropy: [B, S] ([S] with cu_seqlens), fp32, nats, the same on all tensor-parallel ranks; differentiable,
+    but for those beside a policy loss. policy: what linear_policy_loss returned, where the context has an objective.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    policy: PolicyLossOutput | None = None
+
+
+def output_processor(
+    *,
+    hidden_states: Tensor,
+    output_layer: nn.Module,
+    output_weight: Tensor | None,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    decoder_input: Tensor | None,
+    inference_context: Any,
+    packed_seq_params: Any,
+    runtime_gather_output: bool | None,
+    context: HeadContext | None,
+    compute_language_model_loss: Callable[..., Tensor],
+    scale_logits: Callable[[Tensor], Tensor],
+    config: Any,
+) -> HeadOutput:
+    """Called by GPTModel after the last layer and the multi-token prediction, in the place of output layer and loss.
+
+    Args:
+        hidden_states: [S, B, H], or with sequence parallelism this rank's [S / tp, B, H].
+        output_layer: a ColumnParallelLinear; its own forward is not called, the hooks before it are. output_weight:
+            [V / tp, H] where it is tied, else None.
+        labels: [B, S], int64. loss_mask: [B, S] or None: where it is 0 there is no token (log-prob and entropy 0).
+        context: a HeadContext; None for log-probs and entropy at temperature 1.
+        scale_logits: a multiplication (by mup_output_mult), which is read. config: Megatron's.
+        input_ids, position_ids, attention_mask, decoder_input: what the model's body has used.
+            compute_language_model_loss: what this replaces.
+        packed_seq_params: with it a policy loss needs cu_seqlens in the context: its own offsets are those before
+            context parallelism, and may leave out padding.
+
+    Returns:
+        HeadOutput.
+
+    Raises:
+        ValueError: what needs logits (labels None, an inference_context, runtime_gather_output=True), a policy loss
+            under context parallelism, a layer with hooks that its forward would run, scale_logits that is no
+            multiplication, a weight that is split otherwise. TypeError: a layer or context of another kind.
+    """
+    context = HeadContext() if context is None else context
+    if not isinstance(context, HeadContext):
+        raise TypeError(f"output_processor_context must be a HeadContext or None; got {type(context).__name__}")
+    if labels is None:
+        raise ValueError("labels must be [B, S], the tokens that the rows predict; got None, which asks for logits")
+    if inference_context is not None:
+        raise ValueError("inference_context must be None: inference wants logits, and none are formed")
+    if runtime_gather_output:
+        raise ValueError("runtime_gather_output must not be True: it asks for gathered logits, and none are formed")
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        raise ValueError("defer_embedding_wgrad_compute waits for the output layer's own backward; turn it off")
+    _run_hooks(output_layer, hidden_states)
+    weight = output_layer.weight if output_weight is None else output_weight
+    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or getattr(output_layer, "gtp_remat_size", 1) > 1:
+        raise ValueError(
+            f"the output layer's weight must be this rank's [V / tp, H]; got {type(weight).__name__}, split otherwise "
+            "or not here"
+        )
+    options = {**context.options, **_head(output_layer, scale_logits)}
+    if loss_mask is not None and loss_mask.shape != labels.shape:
+        raise ValueError(f"loss_mask must have shape {list(labels.shape)}, as labels; got {list(loss_mask.shape)}")
+    hidden = hidden_states.transpose(0, 1)
+    if context.objective is None:
+        if loss_mask is not None:
+            labels = labels.masked_fill(loss_mask == 0, options.get("ignore_index", -100))
+        stats = linear_token_logprobs(hidden, weight, labels, **options)
+        return HeadOutput(stats.logprobs, stats.entropy)
+    if getattr(config, "context_parallel_size", 1) > 1:
+        raise ValueError(
+            f"a policy loss needs whole rollouts; context_parallel_size = {config.context_parallel_size} leaves a part "
+            "of each here: take log-probs (HeadContext without an objective), and the loss from them"
+        )
+    if loss_mask is not None:
+        if options.get("mask") is not None:
+            raise ValueError("loss_mask and the context's mask both say which rows are tokens; give one")
+        options["mask"] = loss_mask
+    if options.get("cu_seqlens") is not None:
+        if labels.shape[0] != 1:
+            raise ValueError(f"cu_seqlens cuts one packed row: labels must have shape [1, S]; got {list(labels.shape)}")
+        hidden, labels = hidden[0], labels[0]
+        if loss_mask is not None:
+            options["mask"] = loss_mask[0]
+    elif packed_seq_params is not None:
+        raise ValueError("a policy loss of packed rollouts (packed_seq_params) needs cu_seqlens in the context")
+    assert context.advantages is not None
+    out = linear_policy_loss(hidden, weight, labels, context.advantages, objective=context.objective, **options)
+    return HeadOutput(out.logprobs, out.entropy, out)
+
+
+def _run_hooks(layer: nn.Module, hidden: Tensor) -> None:
+    """Runs what comes before the layer's forward: there Megatron's overlap_param_gather waits for the weight."""
+    if not isinstance(layer, nn.Module) or not hasattr(layer, "sequence_parallel") or not hasattr(layer, "tp_group"):
+        raise TypeError(f"output_layer must be a ColumnParallelLinear of Megatron-Core; got {type(layer).__name__}")
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        raise ValueError(f"{type(layer).__name__} has hooks around its forward or backward, which would not run")
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        found = hook(layer, (hidden,), {}) if key in layer._forward_pre_hooks_with_kwargs else hook(layer, (hidden,))
+        if found is not None:
+            raise ValueError(f"a hook before {type(layer).__name__}'s forward changes its input; it must not")
+
+
+def _head(layer: nn.Module, scale_logits: Callable[[Tensor], Tensor]) -> Mapping[str, Any]:
+    """The keywords that the output layer decides. config.sequence_parallel may be on where the layer has it off."""
+    split = layer.sequence_parallel
+    own: dict[str, Any] = {
+        "logit_scale": _scale(scale_logits), "tp_group": layer.tp_group,
+        "hidden_layout": "sequence_sharded" if split else "replicated",
+    }  # fmt: skip
+    if not split and getattr(layer, "disable_grad_reduce", False):
+        own["grad_hidden"] = "partial"  # its maker sums
+    if getattr(layer, "bias", None) is not None and not getattr(layer, "skip_bias_add", False):
+        own["bias"] = layer.bias
+    return own
+
+
+def _scale(scale_logits: Callable[[Tensor], Tensor]) -> float:
+    """What scale_logits multiplies by, tried on the CPU, where it costs a GPU no wait."""
+    probe = torch.tensor([-40.0, -1.0, 0.0, 1.0, 41.0], dtype=torch.float64)
+    scaled = scale_logits(probe.clone())
+    scale = float(scaled[3])
+    if not torch.allclose(scaled, probe * scale, rtol=1e-12, atol=0.0):
+        raise ValueError(f"scale_logits must be a multiplication; it makes {scaled.tolist()} of {probe.tolist()}")
+    return scale
