@@ -254,7 +254,7 @@ def read_logits_shard(
     logits: Tensor, targets: Tensor, temperature: object, softcap: object, logit_scale: object, split: Split,
     vocab_size: int | None, backend: str, inplace_backward: bool = False,
 ) -> tuple[Tensor, int, Shard | None, int]:  # fmt: skip
-    """Checks logits and their transform: gives them, how many columns take part, the shard, and the whole vocabulary."""
+    """Checks logits and their transform: gives them, how many columns take part, the shard, the whole vocabulary."""
     if is_dtensor(logits):
         if inplace_backward and logits.requires_grad:
             raise ValueError("inplace_backward takes no DTensor: autograd does not notice that its logits are spoilt")
