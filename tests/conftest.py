@@ -46,3 +46,11 @@ def device(request) -> torch.device:
     """The GPU for a test of the compiled Triton backend, else the CPU."""
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     return torch.device("cuda" if backend == "triton" and not INTERPRETED else "cpu")
+
+
+@pytest.fixture(scope="session", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """The results of all cases of rank_runner, by rank, of that many ranks: one spawn for the whole session."""
+    from rank_runner import run_ranks
+
+    return run_ranks(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))

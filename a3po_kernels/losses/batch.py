@@ -17,6 +17,7 @@ from ..core.operators import reads_values
 from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
 from ..ops.token_logprobs import check_targets
 from ..ops.tokens import read_tokens
+from .ranks import Ranks
 
 
 class TokenArguments(NamedTuple):
@@ -34,6 +35,8 @@ class TokenArguments(NamedTuple):
     denominator: Any = None
     max_length: Any = None
     scores: Any = None
+    group: Any = None
+    reduce_metrics: Any = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class TokenBatch:
     rollout: int32 [N], counts: [S] tokens of each. weights: the factors of the objective's leading PolarityWeights.
     divisor, max_length: what the aggregation divides by, where the caller says. scores: the caller's, by name.
     position: int64, the place in its rollout; None where no function of the tokens may ask for it. importance_each:
-    whether each token has an importance weight of its own, or its rollout one.
+    whether each token has an importance weight of its own, or its rollout one. ranks: what crosses ranks.
     """
 
     layout: TokenLayout
@@ -67,6 +70,7 @@ class TokenBatch:
     scores: dict[str, Tensor]
     position: Tensor | None
     importance_each: bool
+    ranks: Ranks
 
     @classmethod
     def read(
@@ -82,6 +86,7 @@ class TokenBatch:
             IndexError: a target outside the vocabulary, where values may be read.
         """
         length = _check(layout, objective, given, validate)
+        ranks = Ranks.read(objective, given.group, given.reduce_metrics)
         if targets is not None and reads_values(targets, validate):
             masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
@@ -98,7 +103,7 @@ class TokenBatch:
             layout.flat(given.ref_logprobs, dtype), read.importance, layout.flat(given.min_p_logprobs, dtype),
             as_number(given.step, layout.offsets.device), as_number(given.denominator, layout.offsets.device), length,
             {name: values.detach().reshape(-1).to(dtype) for name, values in (given.scores or {}).items()},
-            _positions(layout, read.rollout) if calls_functions(objective) else None, not per_rollout[2],
+            _positions(layout, read.rollout) if calls_functions(objective) else None, not per_rollout[2], ranks,
         )  # fmt: skip
 
     def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..core.checks import compute_dtype
 from ..core.layout import token_layout
@@ -61,6 +62,8 @@ def linear_policy_loss(
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    reduce_metrics: bool = False,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -118,7 +121,7 @@ def linear_policy_loss(
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length, scores,
+        denominator, max_length, scores, group, reduce_metrics,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.vocabulary,
@@ -189,9 +192,10 @@ def linear_policy_loss(
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.
         known = batch.weights if counted is None else counted
         scale = scale_of if unit == "batch" and counted is None else scale_of(known)
+        batch = replace(batch, tokens=computed)
         with torch.no_grad(), without_autocast(hidden.device):
             found = one_pass(
-                head, objective, replace(batch, tokens=computed), transform, plan, tiles, unit, shaped, scale, wanted,
+                head, objective, batch, transform, plan, tiles, unit, shaped, scale, wanted,
                 max_bytes, main_grad is not None, backend,
             )  # fmt: skip
         loss = attach(found, plan.rows, main_grad, head, backend)

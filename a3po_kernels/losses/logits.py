@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
@@ -65,6 +66,8 @@ def policy_loss(
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    reduce_metrics: bool = False,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -97,9 +100,14 @@ def policy_loss(
         min_p_logprobs: per token, min_p_token_logprobs of the old policy, for Lp-Reg; on-policy it is computed.
         importance_weights: per rollout or per token, constant factors of the surrogate (trainer/rollout mismatch).
         scores: per-token tensors by name, for rules whose metric is one of the names.
+        group: a torch.distributed group of data-parallel ranks, over which rules of scope "global" select and
+            `reduce_metrics` reduces; None is the default group (without torch.distributed: this process). A group that
+            nothing would be reduced over is a ValueError.
+        reduce_metrics: whether metrics are those of the tokens of all ranks of `group`, the same bits on each: one
+            gathering of 18 numbers, with no host read. Every rank must then make the same calls.
         step: training step of the schedules, a number or a 0-d tensor.
         denominator: replaces what the aggregation divides by, a number or a 0-d tensor: e.g. the token (or rollout)
-            count over all ranks and accumulation steps. Nothing is reduced over ranks here.
+            count over all ranks and accumulation steps, see global_denominator. Nothing is reduced over ranks here.
         max_length: of seq-mean-token-sum-norm; T if padded and not given.
         temperature, softcap, logit_scale, ignore_index, inplace_backward, validate, backend: as in token_logprobs.
         route: "one-launch" takes a row's statistics, its coefficient and its gradient while the row is in the cache:
@@ -139,7 +147,7 @@ def policy_loss(
         check_no_overlap(logits)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length, scores,
+        denominator, max_length, scores, group, reduce_metrics,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=logits.shape[-1],

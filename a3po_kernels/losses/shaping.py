@@ -156,7 +156,7 @@ def _apply_widely(
     else:
         chosen = select_flat(
             form.metric, eligible, batch.offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,
-            rounding=rule.rounding, backend=backend,
+            rounding=rule.rounding, backend=backend, group=batch.ranks.group,
         )  # fmt: skip
     if rule.threshold is not None:
         limit = rule.threshold

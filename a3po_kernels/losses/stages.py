@@ -162,5 +162,6 @@ def policy_output(
     """Puts the results, flat [N], into the caller's spelling. metrics: METRICS."""
     shape = batch.layout.shape
     logprobs, entropy, weights = (x.detach().view(shape) for x in (*stats, weights))
+    metrics = batch.ranks.reduced(metrics, batch.tokens, batch.polarity)
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
     return PolicyLossOutput(loss, logprobs, entropy, weights, named, route)
