@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-MODULES = ("data_parallel_cases",)
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast", "reduce_scatter_tensor", "all_to_all")
+MODULES = ("data_parallel_cases", "context_parallel_cases")
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+COLLECTIVES = ("all_reduce", GATHER, "all_gather", "broadcast", "reduce_scatter_tensor", "all_to_all")
 
 
 class Counted:
@@ -40,14 +41,14 @@ class Counted:
             patch.stop()
 
 
-def worker(rank: int, world: int, folder: str) -> None:
+def worker(rank: int, world: int, folder: str, modules: tuple[str, ...]) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for module in MODULES:
+    for module in modules:
         for name, case in importlib.import_module(module).CASES.items():
             try:
                 results[name] = case(rank, world)
@@ -58,9 +59,9 @@ def worker(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(world: int, folder: Path) -> list[dict[str, Any]]:
+def run_ranks(world: int, folder: Path, modules: tuple[str, ...] = MODULES) -> list[dict[str, Any]]:
     """The results of every case, by rank."""
-    mp.spawn(worker, args=(world, str(folder)), nprocs=world)
+    mp.spawn(worker, args=(world, str(folder), modules), nprocs=world)
     found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
     for rank, results in enumerate(found):
         for name, result in results.items():

@@ -15,6 +15,7 @@ from data_parallel_cases import (
     part,
     whole,
 )
+from rank_runner import GATHER
 
 import a3po_kernels
 import reference
@@ -35,7 +36,7 @@ def test_metrics_are_those_of_the_joined_batch(ranks, name):
     expected = loss_of(part(whole(), EVERY), OBJECTIVES[name])[0].metrics
     for results in ranks:
         metrics, calls = results["reduced"][name]
-        assert calls.count("all_gather_into_tensor") == (2 if name == "global" else 1)
+        assert calls.count(GATHER) == (2 if name == "global" else 1)
         assert calls.count("all_reduce") == (9 if name == "global" else 0)  # the number, and eight bytes of an fp64
         assert_metrics(metrics, expected)
         assert all(torch.equal(value, ranks[0]["reduced"][name][0][key]) for key, value in metrics.items())

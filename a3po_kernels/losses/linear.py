@@ -29,7 +29,7 @@ from ..ops.linear_token_logprobs import (
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
-from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread
+from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread, spread_over_ranks
 from .shaping import current_rules, shape
 from .stages import PolicyLossOutput, loss_scale, policy_output, token_terms
 
@@ -64,6 +64,8 @@ def linear_policy_loss(
     scores: Mapping[str, Tensor] | None = None,
     group: ProcessGroup | None = None,
     reduce_metrics: bool = False,
+    cp_group: ProcessGroup | None = None,
+    positions: Tensor | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -86,7 +88,7 @@ def linear_policy_loss(
             a selection by the current policy), or the batch. Its gradient is scaled by the incoming one in backward,
             which therefore runs once. "recompute" takes the statistics first and forms the logits of the rows that
             have a gradient again in backward. "auto": one-pass where it is possible, else recompute; a number of
-            rows as compaction takes recompute.
+            rows as compaction takes recompute, and so does what needs whole rollouts under cp_group.
         statistics: "all" tokens, or "active": only those that may have a gradient, or that one with a gradient
             depends on; the others never meet the weight. Their log-probs and entropy are 0, and the metrics are means
             over the computed tokens (token_count and active_fraction are of all of them). With a number of rows as
@@ -121,7 +123,7 @@ def linear_policy_loss(
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length, scores, group, reduce_metrics,
+        denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.vocabulary,
@@ -148,7 +150,16 @@ def linear_policy_loss(
     possible = may_move(objective, tokens, batch.advantages, batch.polarity)
     if shaped is not None:
         possible = possible & (shaped.weights != 0)
-    mine = spread(possible, tokens, batch.offsets, unit)
+    context = batch.ranks.context
+    if context is None:
+        mine = spread(possible, tokens, batch.offsets, unit)
+    else:
+        mine = spread_over_ranks(possible, tokens, batch.offsets, unit, context)
+        if unit != "token" and route == "one-pass":
+            raise ValueError(
+                f"route='one-pass' is not possible here: a token's gradient needs its whole {unit}, which cp_group "
+                "spreads over ranks, so all statistics come first"
+            )
     computed = tokens if statistics == "all" else mine
     left_out: Tensor | None = None
     if plan is None and plain and chosen <= 0:
@@ -181,7 +192,8 @@ def linear_policy_loss(
         return scale if left_out is None else scale.masked_fill(left_out, torch.nan)
 
     tiles = None
-    if any(wanted) and route != "recompute" and plan is not None and plain:
+    whole = context is None or unit == "token"
+    if any(wanted) and route != "recompute" and plan is not None and plain and whole:
         chunk_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device, one_pass=True)
         tiles = plan_chunks(head, plan, unit, chunk_bytes)
         if tiles is None and route == "one-pass":

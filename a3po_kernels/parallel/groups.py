@@ -44,6 +44,25 @@ def holds(group: Any, other: Any) -> bool:
     return set(dist.get_process_group_ranks(other)) <= ranks
 
 
+def first_rank(group: Any, other: Any) -> int:
+    """The lowest number in a group of the ranks that are in `other` too: one number for all of these."""
+    ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+    inside = set(dist.get_process_group_ranks(other))
+    return next(number for number, rank in enumerate(ranks) if rank in inside)
+
+
+def check_apart(group: Any, cp_group: Any) -> None:
+    """Raises ValueError unless group holds all ranks of cp_group, or this one alone."""
+    if group_size(cp_group) == 1 or holds(group, cp_group):
+        return
+    shared = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(cp_group))
+    if len(shared) > 1:
+        raise ValueError(
+            "group must hold every rank of cp_group or, of these, this one alone; got ranks "
+            f"{dist.get_process_group_ranks(group)} beside {dist.get_process_group_ranks(cp_group)}"
+        )
+
+
 @torch.compiler.disable
 def total(values: Tensor, group: Any) -> Tensor:
     """The sum of values over the ranks of a group: a new tensor, or the values themselves where there is one rank."""
@@ -61,5 +80,7 @@ def gathered(values: Tensor, group: Any) -> Tensor:
     if ranks == 1:
         return values.unsqueeze(0)
     out = values.new_empty(ranks * values.numel())
-    dist.all_gather_into_tensor(out, values.detach().reshape(-1).contiguous(), group=group)
+    # PyTorch 2.13 renamed it.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(out, values.detach().reshape(-1).contiguous(), group=group)
     return out.view(ranks, *values.shape)

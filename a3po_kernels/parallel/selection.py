@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.rounding import bounded_fraction
-from .groups import gathered, group_rank, group_size, holds, total
+from .groups import first_rank, gathered, group_rank, group_size, holds, total
 
 # The number of tokens over all ranks is on the device; this bounds it, and keeps the products within 64 bits.
 _MOST = 2**31 - 1
@@ -107,21 +107,22 @@ def select_global(
 ) -> Tensor:  # fmt: skip
     """Bool [N]: this rank's share of the k lowest (or highest) tokens over all ranks of `group` (None: the default).
 
-    All ranks agree to the token: ties go to the lower rank of the group, then to the earlier row. With `places` of a
-    cp_group that the group does not hold, over the ranks of both; ties go to the lower rank of the group, then to the
-    earlier rollout and position. Without an initialised process group it is the batch.
+    All ranks agree to the token: ties go to the lower rank of the group, then to the earlier row. With `places`, over
+    the ranks of their cp_group too, in the group or beside it, and ranks that share rollouts are one in a tie, which
+    then goes to the earlier rollout and position. Without an initialised process group it is the batch.
     """
     key = _by_metric(metric, high)
-    if places is not None and not holds(group, places.cp_group):
-        cp_group = places.cp_group
+    if places is not None and group_size(places.cp_group) > 1:
+        cp_group, held = places.cp_group, holds(group, places.cp_group)
 
-        def over_both(counts: Tensor) -> Tensor:
-            return total(total(counts, cp_group), group)
+        def over_all(counts: Tensor) -> Tensor:
+            return total(counts if held else total(counts, cp_group), group)
 
-        number = torch.full_like(places.position, group_rank(group))
-        keys = [key, (number, width_of(group_size(group))), places.by_rollout, places.by_position]
-        left = _wanted(over_both(eligible.sum().view(1)), ratio, ceil, at_least, required)
-        found, open_, left = _search(keys, eligible, left, None, over_both)
+        number = first_rank(group, cp_group) if held else group_rank(group)
+        by_rank = torch.full_like(places.position, number), width_of(group_size(group))
+        left = _wanted(over_all(eligible.sum().view(1)), ratio, ceil, at_least, required)
+        keys = [key, by_rank, places.by_rollout, places.by_position]
+        found, open_, left = _search(keys, eligible, left, None, over_all)
         return found | (open_ & (left > 0))
     left = _wanted(total(eligible.sum().view(1), group), ratio, ceil, at_least, required)
     found, open_, left = _search([key], eligible, left, None, lambda counts: total(counts, group))

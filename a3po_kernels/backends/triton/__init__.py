@@ -1,5 +1,6 @@
 """Triton kernels and their launchers."""
 
+from ..torch.policy_terms import joined_loss_and_coefficients  # its sums come from outside, in the middle
 from .gradient import write_gradient
 from .min_p import min_p_logprobs
 from .one_launch import prefers_one_launch, write_statistics_and_gradient
@@ -10,7 +11,7 @@ from .statistics import fold_statistics
 from .tokens import count_kept, normalizer, read_tokens
 
 __all__ = [
-    "LONGEST_SEGMENT", "apply_rules", "count_kept", "fold_statistics", "loss_and_coefficients", "min_p_logprobs",
-    "normalizer", "prefers_one_launch", "read_tokens", "scale", "select", "write_gradient",
-    "write_statistics_and_gradient",
+    "LONGEST_SEGMENT", "apply_rules", "count_kept", "fold_statistics", "joined_loss_and_coefficients",
+    "loss_and_coefficients", "min_p_logprobs", "normalizer", "prefers_one_launch", "read_tokens", "scale", "select",
+    "write_gradient", "write_statistics_and_gradient",
 ]  # fmt: skip
