@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from batches import RandomBatch, random_batch
+from host_reads import NoHostReads
 from rank_runner import Counted
 
 import a3po_kernels
@@ -12,6 +13,7 @@ from a3po_kernels import CustomSurrogate, Objective, OffPolicyMask, Ratio, Reinf
 
 ROLLOUTS, LENGTH, VOCABULARY = 6, 16, 5
 LAYOUTS = ("contiguous", "balanced", "packed")
+ON_RANKS = {2: LAYOUTS, 4: ("balanced",)}  # of every objective
 PRESETS = {
     "lp_reg": {"quantile": 0.3}, "kl_cov": {"ratio": 0.2}, "clip_cov": {"ratio": 0.3, "low": 0.0},
     "a3po": {"kl_coef": 0.1, "entropy_coef": 0.01}, "gspo": {"kl_coef": 0.1, "entropy_coef": 0.01},
@@ -127,19 +129,17 @@ def call(loss: str, arguments: tuple, objective, **options):
 
 
 def every_objective(rank, world):
-    """Each objective in each layout; the first layout twice, for the same bits."""
+    """Each objective in its layouts; the first one twice, for the same bits."""
     found, batch = {}, whole()
     for name, objective in OBJECTIVES.items():
-        for layout in LAYOUTS:
+        for layout in ON_RANKS[world]:
             arguments = share(needs(name, batch), layout, rank, world)
             if layout == "packed" and objective.aggregation == "seq-mean-token-sum-norm":
                 arguments[3]["max_length"] = LENGTH
             with Counted() as counted:
                 out, gradient = call("logits", arguments, objective, cp_group=dist.group.WORLD)
-            if layout == "contiguous":
-                again, same = call(
-                    "logits", arguments, objective, cp_group=dist.group.WORLD, reduce_metrics=True, step=0
-                )
+            if layout == ON_RANKS[world][0]:
+                again, same = call("logits", arguments, objective, cp_group=dist.group.WORLD, reduce_metrics=True)
                 assert torch.equal(again.loss, out.loss) and torch.equal(same, gradient), name
                 metrics = again.metrics
             found[name, layout] = out.loss.detach(), gradient, out.weights, counted.calls
@@ -271,7 +271,33 @@ def refusals(rank, world):
     return found, out.loss.detach(), gradient
 
 
+def no_host_reads(rank, world):
+    """Everything that crosses ranks, where reading a value would fail."""
+    batch, world_group = whole(), dist.group.WORLD
+    logits, targets, advantages, keywords = share(batch, "packed", rank, world)
+    mask = keywords.pop("mask") & (targets != -100)
+    logp = keywords["old_logprobs"].nan_to_num(0.0) + 0.1
+    names = ("a3po", "gspo", "keeps", "quantile", "global", "ties", "masked", "rollout function", "batch function")
+    with NoHostReads():
+        count = a3po_kernels.global_denominator(
+            a3po_kernels.grpo(), mask, cu_seqlens=keywords["cu_seqlens"], cp_group=world_group
+        )
+        a3po_kernels.select_tokens(
+            logp, mask, cu_seqlens=keywords["cu_seqlens"], ratio=0.3, side="low", cp_group=world_group,
+            positions=keywords["positions"],
+        )  # fmt: skip
+        for name in names:
+            values = logp.clone().requires_grad_()
+            given = needs(name, RandomBatch(logits, targets, advantages, keywords)).keywords
+            out = a3po_kernels.logprob_policy_loss(
+                values, advantages, objective=OBJECTIVES[name], entropy=logp.abs(), mask=mask, cp_group=world_group,
+                reduce_metrics=True, denominator=count, **given,
+            )  # fmt: skip
+            out.loss.backward()
+    return True
+
+
 CASES = {
     "every objective": every_objective, "other losses": other_losses, "lonely": lonely, "selections": selections,
-    "mesh": mesh, "refusals": refusals,
+    "mesh": mesh, "no host reads": no_host_reads, "refusals": refusals,
 }  # fmt: skip

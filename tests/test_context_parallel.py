@@ -11,6 +11,7 @@ from context_parallel_cases import (
     LAYOUTS,
     LENGTH,
     OBJECTIVES,
+    ON_RANKS,
     OTHER,
     PRESETS,
     ROLLOUTS,
@@ -55,12 +56,13 @@ def assert_whole(name, losses, gradients, weights, layout):
         assert torch.equal(together(weights, layout), out.weights)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_parts_sum_to_the_whole(ranks, name, layout):
+def test_parts_sum_to_the_whole(ranks, name):
     """The losses of the ranks add up; every token has its gradient and its weight."""
-    losses, gradients, weights, _ = zip(*(results["every objective"][name, layout] for results in ranks), strict=True)
-    assert_whole(name, losses, gradients, weights, layout)
+    for layout in ON_RANKS[len(ranks)]:
+        found = [results["every objective"][name, layout] for results in ranks]
+        losses, gradients, weights, _ = zip(*found, strict=True)
+        assert_whole(name, losses, gradients, weights, layout)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -86,22 +88,28 @@ def test_parts_sum_to_the_reference(ranks, name):
     assert largest_error(together([part[1] for part in found], "balanced"), logits.grad) < 1e-12
 
 
-# Of a call in contiguous blocks: the counts of the rollouts; of a selection the numbers, eight bytes of an fp64 and one
-# of the position (of a batch the rollout's too, of all ranks the rank's).
-SELECTION = 1 + 8 + 1
+# All-reduces: the counts of the rollouts and what the objective adds; and selections, each of which takes the number of
+# tokens, eight bytes of an fp64, and of the position one (of blocks) or four. One of a batch takes the rollout's byte
+# too, and one of all ranks the rank's.
 COLLECTIVES = {
-    "dapo": 1, "grpo": 1, "psr": 2, "a3po": 1 + 2 * SELECTION, "fork_tokens": 1 + SELECTION + 1 + 1, "gspo": 1 + 2,
-    "gspo_token": 1 + 1, "gmpo": 1 + 2, "topr": 1 + 1, "vespo": 1 + 2, "masked": 1 + 2, "quantile": 1 + 1 + 8,
-    "rollout function": 1 + 2 * 2, "length": 1, "global": 1 + SELECTION + 2,
+    "dapo": (1, 0), "grpo": (1, 0), "psr": (2, 0), "a3po": (1, 2), "fork_tokens": (1 + 1 + 1, 1), "gspo": (1 + 2, 0),
+    "gspo_token": (1 + 1, 0), "gmpo": (1 + 2, 0), "topr": (1 + 1, 0), "vespo": (1 + 2, 0), "masked": (1 + 2, 0),
+    "quantile": (1 + 1 + 8, 0), "rollout function": (1 + 2 * 2, 0), "length": (1, 0), "global": (1 + 2, 1),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_number_of_collectives(ranks, name):
+    layout = ON_RANKS[len(ranks)][0]
+    fixed, selections = COLLECTIVES[name]
     for results in ranks:
-        calls = results["every objective"][name, "contiguous"][3]
-        assert len(calls) == COLLECTIVES[name], calls
-        assert set(calls) <= {"all_reduce", GATHER}
+        calls = results["every objective"][name, layout][3]
+        assert len(calls) == fixed + selections * (1 + 8 + (1 if layout == "contiguous" else 4)), calls
+        assert set(calls) == {"all_reduce"}
+
+
+def test_no_host_reads(ranks):
+    assert all(results["no host reads"] for results in ranks)
 
 
 @pytest.mark.parametrize("at", range(len(OTHER)), ids=lambda at: f"{OTHER[at][0]}-{OTHER[at][1]}-{at}")

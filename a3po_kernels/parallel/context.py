@@ -20,9 +20,12 @@ class _Joined(torch.autograd.Function):
     """The sum over ranks; a gradient of it on any rank is one of every rank's part."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(values: Tensor, group: Any) -> Tensor:
         return total(values, group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Any:
