@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import platform
 
 import pytest
@@ -50,7 +52,15 @@ def device(request) -> torch.device:
 
 @pytest.fixture(scope="session", params=[2, 4])
 def ranks(request, tmp_path_factory):
-    """The results of all cases of rank_runner, by rank, of that many ranks: one spawn for the whole session."""
-    from rank_runner import run_ranks
+    """The results of all cases of rank_runner, by rank, of that many ranks: one spawn for a session and its workers."""
+    from rank_runner import read_ranks, spawn_ranks
 
-    return run_ranks(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"ranks{request.param}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            spawn_ranks(request.param, folder)
+            (folder / "done").touch()
+    return read_ranks(request.param, folder)

@@ -109,6 +109,11 @@ def call(loss: str, arguments: tuple, objective, **options):
     """(output, gradient of the logits), by one of the three losses."""
     logits, targets, advantages, keywords = arguments
     keywords = {**keywords, **options}
+    if keywords.get("plan"):
+        tokens = keywords["mask"] & (targets != -100)
+        keywords["plan"] = a3po_kernels.plan_rows(
+            tokens, advantages, objective=objective, cu_seqlens=keywords["cu_seqlens"]
+        )
     if loss == "linear":
         weight = torch.eye(logits.shape[-1], dtype=logits.dtype)
         logits = logits.nan_to_num(0.0).clone().requires_grad_()
@@ -150,6 +155,7 @@ def every_objective(rank, world):
 OTHER = (
     ("linear", "dapo", "one-pass", {"route": "one-pass"}), ("linear", "a3po", "one-pass", {}),
     ("linear", "gspo", "recompute", {}), ("linear", "gspo", "recompute", {"statistics": "active"}),
+    ("linear", "a3po", "one-pass", {"plan": True}), ("linear", "gspo", "recompute", {"plan": True}),
     ("linear", "fork_tokens", "recompute", {}), ("linear", "topr", "recompute", {"compaction": "none"}),
     ("linear", "rollout function", "recompute", {"statistics": "active"}),
     ("logits", "a3po", "one-launch", {"route": "one-launch"}), ("logits", "psr", "one-launch", {"route": "one-launch"}),
@@ -236,6 +242,17 @@ def mesh(rank, world):
     return found
 
 
+def group_of_one(rank, world):
+    """A cp_group of this rank alone, and its rollouts' tokens in reverse order."""
+    own = [dist.new_group([other]) for other in range(world)][rank]
+    found, batch = {}, whole()
+    for name in ("a3po", "ties", "gspo", "clip_cov"):
+        with Counted() as counted:
+            out, gradient = call("logits", share(needs(name, batch), "packed", 0, 1), OBJECTIVES[name], cp_group=own)
+        found[name] = out.loss.detach(), gradient, out.weights, counted.calls
+    return found
+
+
 def refusals(rank, world):
     batch = whole()
     cp = {"cp_group": dist.group.WORLD}
@@ -299,5 +316,6 @@ def no_host_reads(rank, world):
 
 CASES = {
     "every objective": every_objective, "other losses": other_losses, "lonely": lonely, "selections": selections,
-    "mesh": mesh, "no host reads": no_host_reads, "refusals": refusals,
+    "mesh": mesh, "no host reads": no_host_reads, "group of one": group_of_one,
+    "refusals": refusals,
 }  # fmt: skip

@@ -59,9 +59,13 @@ def worker(rank: int, world: int, folder: str, modules: tuple[str, ...]) -> None
     dist.destroy_process_group()
 
 
-def run_ranks(world: int, folder: Path, modules: tuple[str, ...] = MODULES) -> list[dict[str, Any]]:
-    """The results of every case, by rank."""
+def spawn_ranks(world: int, folder: Path, modules: tuple[str, ...] = MODULES) -> None:
+    """Runs every case of some modules on every rank."""
     mp.spawn(worker, args=(world, str(folder), modules), nprocs=world)
+
+
+def read_ranks(world: int, folder: Path) -> list[dict[str, Any]]:
+    """The results of every case, by rank; an AssertionError with the traceback of one that failed."""
     found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
     for rank, results in enumerate(found):
         for name, result in results.items():

@@ -23,7 +23,7 @@ from context_parallel_cases import (
     share,
     whole,
 )
-from rank_runner import GATHER
+from rank_runner import GATHER, read_ranks, spawn_ranks
 
 import a3po_kernels
 import reference
@@ -199,12 +199,20 @@ def test_refusals(ranks):
 @pytest.mark.skipif(not INTERPRETED, reason="runs Triton's interpreter on every rank")
 def test_the_kernels_between_the_sums(tmp_path):
     """On the Triton backend: a rollout-wide ratio, a selection, and a token-level objective in one pass."""
-    from rank_runner import run_ranks
-
-    found = run_ranks(2, tmp_path, ("interpreted_cases",))
+    spawn_ranks(2, tmp_path, ("interpreted_cases",))
+    found = read_ranks(2, tmp_path)
     for name in ("gspo", "a3po", "dapo"):
         losses, gradients, weights = zip(*(results["kernels"][name] for results in found), strict=True)
         assert_whole(name, losses, gradients, weights, "balanced")
+
+
+@pytest.mark.parametrize("name", ["a3po", "ties", "gspo", "clip_cov"])
+def test_a_group_of_one(ranks, name):
+    """Its rows may lie in any order, and nothing is called."""
+    for results in ranks:
+        loss, gradient, weights, calls = results["group of one"][name]
+        assert not calls
+        assert_whole(name, [loss], [gradient], [weights], "packed")
 
 
 def test_one_rank_needs_no_group():
