@@ -59,7 +59,7 @@ OBJECTIVES = {
 
 def whole() -> RandomBatch:
     batch = random_batch(5, rollouts=ROLLOUTS, length=LENGTH, vocabulary=VOCABULARY)
-    batch.keywords["scores"] = {"ties": (batch.keywords["old_logprobs"].nan_to_num(0.0) * 2).round()}
+    batch.keywords["scores"] = {"ties": (batch.keywords["old_logprobs"].nan_to_num(0.0) / 2).round()}
     return batch
 
 
@@ -172,6 +172,32 @@ def other_losses(rank, world):
     return found
 
 
+def first_advantages() -> RandomBatch:
+    """The batch with advantages per token, 0 but at the first token of each rollout, which lies on one rank."""
+    batch = whole()
+    batch.advantages = torch.zeros(ROLLOUTS, LENGTH, dtype=torch.float64)
+    batch.advantages[:, 0] = torch.arange(ROLLOUTS) - 1.5
+    batch.keywords["mask"][:, 0], batch.targets[:, 0] = True, 1
+    batch.logits[:, 0], batch.keywords["old_logprobs"][:, 0] = batch.logits[0, 0], -1.0
+    return needs("gspo", batch)
+
+
+def moved_from_elsewhere(rank, world):
+    """A rollout-wide ratio whose gradient reaches rows of a rank without any advantage."""
+    logits, targets, advantages, keywords = share(first_advantages(), "balanced", rank, world)
+    rows = rows_of("balanced", rank, world, whole().lengths)
+    advantages = advantages.flatten()[rows].view(targets.shape)
+    keywords.pop("ref_logprobs"), keywords.pop("importance_weights")
+    found = {}
+    for statistics in ("all", "active"):
+        out, gradient = call(
+            "linear", (logits, targets, advantages, keywords), a3po_kernels.gspo(), cp_group=dist.group.WORLD,
+            statistics=statistics,
+        )  # fmt: skip
+        found[statistics] = out.loss.detach(), gradient
+    return found
+
+
 def lonely(rank, world):
     """All tokens of all rollouts on the last rank: the others have no row at all."""
     found, batch = {}, whole()
@@ -253,6 +279,13 @@ def group_of_one(rank, world):
     return found
 
 
+def widened(values):
+    """Per-token values [B, T, ...] with a column that is no token."""
+    if isinstance(values, dict):
+        return {name: widened(value) for name, value in values.items()}
+    return torch.cat([values, torch.zeros_like(values[:, :1])], 1)
+
+
 def refusals(rank, world):
     batch = whole()
     cp = {"cp_group": dist.group.WORLD}
@@ -262,6 +295,10 @@ def refusals(rank, world):
     position = Objective(surrogate=CustomSurrogate(lambda t: t.logprobs * t.position, "rollout"))
     short = (padded[0][:, :-1], padded[1][:, :-1], padded[2], {})
     twice = torch.zeros_like(packed[1])
+    # With positions a rank may hold a column more than the others, here of no token.
+    columns = share(needs("a3po", batch), "balanced", rank, world)
+    wider = (*map(widened, columns[:2]), columns[2], {name: widened(value) for name, value in columns[3].items()})
+    cut = wider if rank == 0 else columns
     calls = {
         "one-pass": lambda: call("linear", padded, OBJECTIVES["gspo"], route="one-pass", **cp),
         "one-launch": lambda: call("logits", padded, OBJECTIVES["gspo"], route="one-launch", **cp),
@@ -275,6 +312,7 @@ def refusals(rank, world):
         "negative": lambda: call("logits", packed, OBJECTIVES["a3po"], **{**cp, "positions": twice - 1}),
         "no group": lambda: call("logits", padded, OBJECTIVES["dapo"], cp_group="cp"),
         "uneven": lambda: call("logits", short if rank == 0 else (*padded[:3], {}), OBJECTIVES["psr"], **cp),
+        "uneven length": lambda: call("logits", cut, OBJECTIVES["length"], **cp),
         "global": lambda: a3po_kernels.select_tokens(torch.zeros(2, 3), ratio=0.5, side="low", scope="global", **cp),
     }
     found = {}
@@ -285,7 +323,8 @@ def refusals(rank, world):
             found[name] = f"{type(error).__name__}: {error}"
     # What needs no order needs no positions.
     out, gradient = call("logits", loose, OBJECTIVES["gspo"], **cp)
-    return found, out.loss.detach(), gradient
+    other, wide = call("logits", cut, OBJECTIVES["a3po"], **cp)
+    return found, out.loss.detach(), gradient, other.loss.detach(), wide[:, : LENGTH // world]
 
 
 def no_host_reads(rank, world):
@@ -315,7 +354,8 @@ def no_host_reads(rank, world):
 
 
 CASES = {
-    "every objective": every_objective, "other losses": other_losses, "lonely": lonely, "selections": selections,
+    "every objective": every_objective, "other losses": other_losses, "moved": moved_from_elsewhere,
+    "lonely": lonely, "selections": selections,
     "mesh": mesh, "no host reads": no_host_reads, "group of one": group_of_one,
     "refusals": refusals,
 }  # fmt: skip

@@ -18,6 +18,7 @@ from context_parallel_cases import (
     SELECTIONS,
     VOCABULARY,
     call,
+    first_advantages,
     needs,
     rows_of,
     share,
@@ -121,6 +122,19 @@ def test_other_losses_and_routes(ranks, at):
     assert_whole(name, losses, gradients, None if "statistics" in options else weights, "packed")
 
 
+@pytest.mark.parametrize("statistics", ["all", "active"])
+def test_rows_that_another_rank_moves(ranks, statistics):
+    """Rows are left out of the products only where no rank has a token that moves their rollout."""
+    batch = first_advantages()
+    keywords = {key: batch.keywords[key] for key in ("mask", "old_logprobs")}
+    given = (batch.logits, batch.targets, batch.advantages, keywords)
+    out, gradient = call("linear", given, a3po_kernels.gspo())
+    found = [results["moved"][statistics] for results in ranks]
+    assert largest_error(sum(part[0] for part in found), out.loss) < 1e-12
+    assert largest_error(together([part[1] for part in found], "balanced"), gradient) < 1e-12
+    assert all(part[1].abs().max() > 1e-4 for part in found)
+
+
 @pytest.mark.parametrize("loss", ["logits", "linear"])
 @pytest.mark.parametrize("name", ["a3po", "gspo", "dapo", "keeps", "rollout function", "quantile"])
 def test_ranks_without_a_row(ranks, name, loss):
@@ -185,14 +199,16 @@ def test_refusals(ranks):
             "twice": "positions must be different for the tokens of a rollout; got one twice",
             "negative": "positions must lie in [0, 2^31); got -1",
             "no group": "cp_group must be a torch.distributed ProcessGroup or None; got str",
-            "uneven": f"padded blocks must be equally long on all ranks of cp_group; got T = {length}",
+            "uneven": f"got T = {length} here",
+            "uneven length": "unless positions (and max_length where T would be it) are given",
             "global": "cp_group is of scope 'rollout' and 'batch'",
         }
         assert set(found) == set(expected)
         for name, message in expected.items():
             assert message in found[name], found[name]
-    losses, gradients = zip(*(results["refusals"][1:] for results in ranks), strict=True)
+    losses, gradients, others, wide = zip(*(results["refusals"][1:] for results in ranks), strict=True)
     assert_whole("gspo", losses, gradients, None, "packed")
+    assert_whole("a3po", others, wide, None, "balanced")
 
 
 @pytest.mark.interpreter

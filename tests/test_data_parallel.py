@@ -76,21 +76,21 @@ def test_a_step_of_micro_batches_is_the_batch(ranks, aggregation, over):
 
 
 def test_groups_of_half_the_ranks(ranks):
-    """A global rule, the metrics and select_tokens of each half are those of its own joined batch."""
+    """A global rule, the metrics, the divisor and select_tokens of each half are those of its own joined batch."""
     world = len(ranks)
     for half in range(2):
         members = range(half * world // 2, (half + 1) * world // 2)
         rows = slice(mine(members[0], world).start, mine(members[-1], world).stop)
         objective = Objective(shaping=(TokenRule(ratio=0.29, rest_scale=0.5, scope="batch"),))
-        out, gradient = loss_of(part(whole(), rows), objective)
+        out, _ = loss_of(part(whole(), rows), objective)
         found = [ranks[rank]["subgroups"] for rank in members]
-        weights, gradients, metrics, values, chosen, _, calls = zip(*found, strict=True)
+        weights, counts, metrics, values, chosen, _, calls = zip(*found, strict=True)
         assert torch.equal(torch.cat(weights), out.weights)
         for each in metrics:
             assert_metrics(each, out.metrics)
         want = reference.select_tokens(torch.stack(values), ratio=0.4, side="high", scope="batch")
         assert torch.equal(torch.stack(chosen), want)
-        assert torch.cat(gradients).shape == gradient.shape
+        assert all(count == out.metrics["token_count"] / len(members) for count in counts)
         if world == 2:
             assert not any(calls), "a group of one rank reduces nothing"
         else:

@@ -98,7 +98,8 @@ class TokenBatch:
         context = ranks.context
         length = _check(layout, objective, given, validate)
         if context is not None and given.max_length is None:
-            length *= context.ranks  # of the whole rollout
+            length *= context.ranks  # of the whole rollout, where ranks hold as much of it each
+        blocks = layout.padded and (given.positions is None or (length > 0 and given.max_length is None))
         if targets is not None and reads_values(targets, validate):
             masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
@@ -114,7 +115,7 @@ class TokenBatch:
             position = _positions(layout, read.rollout) if calls_functions(objective) else None
         else:
             check_positions(context, read.tokens, read.rollout, validate)
-            counts, uneven = _joined_counts(context, layout, counts, validate)
+            counts, uneven = _joined_counts(context, counts, layout.shape[-1] if blocks else None, validate)
             position = context.position
         return cls(
             layout, layout.offsets, read.targets, read.tokens, read.rollout, counts, read.counts, read.weights,
@@ -154,17 +155,22 @@ class TokenBatch:
 
 
 def _joined_counts(
-    context: Context, layout: TokenLayout, counts: Tensor, validate: bool
+    context: Context, counts: Tensor, length: int | None, validate: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens of the rollouts over all ranks [S], and whether the ranks' blocks differ in length; None: packed."""
-    if not layout.padded:
+    """Tokens of the rollouts over all ranks [S], and whether other ranks' blocks have another `length`; None: they may.
+
+    Raises ValueError where they have, and values may be read.
+    """
+    if length is None:
         return context.join(counts), None
-    length = layout.shape[1]
     size = torch.full((1,), length, dtype=torch.float64, device=counts.device)
     joined = context.join(torch.cat([counts.double(), size, size.square()]))
     uneven = context.ranks * joined[-1] != joined[-2].square()
     if reads_values(uneven, validate) and bool(uneven):
-        raise ValueError(f"padded blocks must be equally long on all ranks of cp_group; got T = {length} here")
+        raise ValueError(
+            "padded blocks must be equally long on all ranks of cp_group, unless positions (and max_length where T "
+            f"would be it) are given; got T = {length} here"
+        )
     return joined[:-2].to(counts.dtype), uneven
 
 

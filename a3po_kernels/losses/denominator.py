@@ -55,8 +55,8 @@ def global_denominator(
             group (without torch.distributed: this process).
         cp_group: the ranks that hold the tokens of the same rollouts, in the same order, as in the losses.
         accumulation: the number of micro-batches, where the trainer divides each one's loss by it.
-        average_over_ranks: whether the gradients are averaged over `group`, as DistributedDataParallel and FSDP do,
-            rather than summed.
+        average_over_ranks: whether the gradients are averaged over the ranks of `group`, as DistributedDataParallel and
+            FSDP do, rather than summed. Where they average over those of a cp_group too, a group that holds both is it.
 
     Returns:
         0-d fp64 on the arguments' device: the count / accumulation (/ the ranks of group). One all_reduce over `group`,

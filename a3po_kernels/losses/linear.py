@@ -143,6 +143,13 @@ def linear_policy_loss(
     tokens = batch.tokens
     current = current_rules(objective, batch)
     unit = dependence(objective, current)
+    context = batch.ranks.context
+    whole = context is None or unit == "token"
+    if route == "one-pass" and not whole:
+        raise ValueError(
+            f"route='one-pass' is not possible here: a token's gradient needs its whole {unit}, which cp_group spreads "
+            "over ranks, so all statistics come first"
+        )
     if plan is not None:
         check_plan(plan, layout, hidden.device, objective, unit)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.parameters)
@@ -150,16 +157,10 @@ def linear_policy_loss(
     possible = may_move(objective, tokens, batch.advantages, batch.polarity)
     if shaped is not None:
         possible = possible & (shaped.weights != 0)
-    context = batch.ranks.context
     if context is None:
         mine = spread(possible, tokens, batch.offsets, unit)
     else:
         mine = spread_over_ranks(possible, tokens, batch.offsets, unit, context)
-        if unit != "token" and route == "one-pass":
-            raise ValueError(
-                f"route='one-pass' is not possible here: a token's gradient needs its whole {unit}, which cp_group "
-                "spreads over ranks, so all statistics come first"
-            )
     computed = tokens if statistics == "all" else mine
     left_out: Tensor | None = None
     if plan is None and plain and chosen <= 0:
@@ -192,7 +193,6 @@ def linear_policy_loss(
         return scale if left_out is None else scale.masked_fill(left_out, torch.nan)
 
     tiles = None
-    whole = context is None or unit == "token"
     if any(wanted) and route != "recompute" and plan is not None and plain and whole:
         chunk_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device, one_pass=True)
         tiles = plan_chunks(head, plan, unit, chunk_bytes)

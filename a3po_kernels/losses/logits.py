@@ -102,9 +102,9 @@ def policy_loss(
         min_p_logprobs: per token, min_p_token_logprobs of the old policy, for Lp-Reg; on-policy it is computed.
         importance_weights: per rollout or per token, constant factors of the surrogate (trainer/rollout mismatch).
         scores: per-token tensors by name, for rules whose metric is one of the names.
-        group: a torch.distributed group of data-parallel ranks, over which rules of scope "global" select and
-            `reduce_metrics` reduces; None is the default group (without torch.distributed: this process). A group that
-            nothing would be reduced over is a ValueError.
+        group: a torch.distributed group of data-parallel ranks, each token on one of them, over which rules of scope
+            "global" select and `reduce_metrics` reduces; None is the default group (without torch.distributed: this
+            process). A group that nothing would be reduced over is a ValueError.
         reduce_metrics: whether metrics are those of the tokens of all ranks of `group`, the same bits on each: one
             gathering of 18 numbers, with no host read. Every rank must then make the same calls. Under cp_group they
             are of the ranks of both; a group that does not hold those of cp_group takes two gatherings.
@@ -117,7 +117,7 @@ def policy_loss(
             kernels.
         positions: under cp_group, per token, int32 or int64: its place in its rollout, from 0, in any order; it
             decides ties. None: the ranks hold consecutive blocks of T of each rollout in the order of their numbers;
-            packed rollouts need positions where an order matters.
+            packed rollouts need positions where an order matters. Where they are given, T may differ between ranks.
         step: training step of the schedules, a number or a 0-d tensor.
         denominator: replaces what the aggregation divides by, a number or a 0-d tensor: e.g. the token (or rollout)
             count over all ranks and accumulation steps, see global_denominator. Nothing is reduced over ranks here.
