@@ -115,7 +115,7 @@ def subgroups(rank, world):
     group = halves[rank * 2 // world]
     arguments = part(whole(), mine(rank, world))
     with Counted() as counted:
-        out, gradient = loss_of(arguments, OBJECTIVES["global"], group=group, reduce_metrics=True)
+        out, _ = loss_of(arguments, OBJECTIVES["global"], group=group, reduce_metrics=True)
     count = a3po_kernels.global_denominator(OBJECTIVES["dapo"], out.weights != 0, group=group, average_over_ranks=True)
     metric = torch.randn(LENGTH, generator=torch.Generator().manual_seed(rank), dtype=torch.float64).round(decimals=1)
     chosen = a3po_kernels.select_tokens(metric, ratio=0.4, side="high", scope="global", group=group)
