@@ -1,6 +1,7 @@
 """Fused loss heads for reinforcement learning with verifiable rewards: logits to loss, gradient and metrics."""
 
 from .losses.advantages import group_advantages, multi_reward_advantages
+from .losses.denominator import global_denominator
 from .losses.linear import LinearPolicyLoss, linear_policy_loss
 from .losses.logits import PolicyLoss, policy_loss
 from .losses.logprobs import logprob_policy_loss
@@ -93,6 +94,7 @@ __all__ = [
     "dr_grpo",
     "estimate_memory",
     "fork_tokens",
+    "global_denominator",
     "gmpo",
     "group_advantages",
     "grpo",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import platform
 
 import pytest
@@ -46,3 +48,19 @@ def device(request) -> torch.device:
     """The GPU for a test of the compiled Triton backend, else the CPU."""
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     return torch.device("cuda" if backend == "triton" and not INTERPRETED else "cpu")
+
+
+@pytest.fixture(scope="session", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """The results of all cases of rank_runner, by rank, of that many ranks: one spawn for a session and its workers."""
+    from rank_runner import read_ranks, spawn_ranks
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"ranks{request.param}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            spawn_ranks(request.param, folder)
+            (folder / "done").touch()
+    return read_ranks(request.param, folder)

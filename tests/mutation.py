@@ -40,6 +40,8 @@ TESTS = {
     "losses/token_values.py": "test_custom_surrogate.py",
     "losses/shaping.py": "test_shaping.py test_policy_loss.py test_new_rules.py test_rules_and_routes.py",
     "losses/ratio_weights.py": "test_new_objectives.py test_new_rules.py",
+    "losses/denominator.py": "test_data_parallel.py",
+    "losses/ranks.py": "test_data_parallel.py test_context_parallel.py",
     "losses/rollout_correction.py": "test_rollout_correction.py",
     "ops/linear_head.py": "test_linear_token_logprobs.py test_linear_routes.py test_memory.py",
     "ops/linear_token_logprobs.py": "test_linear_token_logprobs.py test_errors.py test_linear_routes.py",

@@ -24,11 +24,6 @@ def whole_sum(values: Tensor) -> Tensor:
     return segment_sum(values, torch.arange(0, count + 1, count, device=values.device))[0]
 
 
-def own_segment_sum(values: Tensor, where: Tensor, offsets: Tensor, segment: Tensor) -> Tensor:
-    """[N]: at each row the sum over the rows of its segment at which `where` is True."""
-    return segment_sum(torch.where(where, values, torch.zeros_like(values)), offsets)[segment]
-
-
 def segment_of(offsets: Tensor, rows: Tensor) -> Tensor:
     """int64, like rows: the segment of offsets [S + 1] that each row lies in; -1 before the first, S after the last."""
     return torch.searchsorted(offsets, rows, right=True) - 1

@@ -14,9 +14,13 @@ from torch import Tensor
 from ..core.checks import check_floating, check_temperature, refuse_dtensor
 from ..core.layout import TokenLayout
 from ..core.operators import reads_values
+from ..core.segments import segment_sum
 from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
 from ..ops.token_logprobs import check_targets
 from ..ops.tokens import read_tokens
+from ..parallel.context import Context, check_positions
+from ..parallel.selection import Places
+from .ranks import Ranks
 
 
 class TokenArguments(NamedTuple):
@@ -34,6 +38,10 @@ class TokenArguments(NamedTuple):
     denominator: Any = None
     max_length: Any = None
     scores: Any = None
+    group: Any = None
+    reduce_metrics: Any = False
+    cp_group: Any = None
+    positions: Any = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,12 @@ class TokenBatch:
     """N tokens as flat [N] tensors in the statistics' dtype; 0 or anything where tokens is False.
 
     targets: int64, ignore_index where no token is (None without logits). offsets: int64 [S + 1] of the rollouts,
-    rollout: int32 [N], counts: [S] tokens of each. weights: the factors of the objective's leading PolarityWeights.
-    divisor, max_length: what the aggregation divides by, where the caller says. scores: the caller's, by name.
-    position: int64, the place in its rollout; None where no function of the tokens may ask for it. importance_each:
-    whether each token has an importance weight of its own, or its rollout one.
+    rollout: int32 [N], counts: [S] tokens of each, own_counts: of those the ones on this rank. weights: the factors of
+    the objective's leading PolarityWeights. divisor, max_length: what the aggregation divides by, where the caller
+    says. scores: the caller's, by name. position: int64, the place in its rollout; None where no function of the tokens
+    may ask for it, or nobody said. importance_each: whether each token has an importance weight of its own, or its
+    rollout one. ranks: what crosses ranks. uneven: 0-d bool, whether ranks that share rollouts hold blocks of other
+    lengths; None where they may.
     """
 
     layout: TokenLayout
@@ -53,6 +63,7 @@ class TokenBatch:
     tokens: Tensor
     rollout: Tensor
     counts: Tensor
+    own_counts: Tensor
     weights: Tensor
     advantages: Tensor
     polarity: Tensor
@@ -67,6 +78,8 @@ class TokenBatch:
     scores: dict[str, Tensor]
     position: Tensor | None
     importance_each: bool
+    ranks: Ranks
+    uneven: Tensor | None
 
     @classmethod
     def read(
@@ -81,7 +94,12 @@ class TokenBatch:
                 needs and did not get.
             IndexError: a target outside the vocabulary, where values may be read.
         """
+        ranks = Ranks.read(layout, objective, given.group, given.reduce_metrics, given.cp_group, given.positions)
+        context = ranks.context
         length = _check(layout, objective, given, validate)
+        if context is not None and given.max_length is None:
+            length *= context.ranks  # of the whole rollout, where ranks hold as much of it each
+        blocks = layout.padded and (given.positions is None or (length > 0 and given.max_length is None))
         if targets is not None and reads_values(targets, validate):
             masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
@@ -92,13 +110,21 @@ class TokenBatch:
             targets, given.mask, layout.offsets, layout.count, dtype, *spread, per_rollout, _leading(objective),
             ignore_index, backend,
         )  # fmt: skip
+        counts, uneven = read.counts, None
+        if context is None:
+            position = _positions(layout, read.rollout) if calls_functions(objective) else None
+        else:
+            check_positions(context, read.tokens, read.rollout, validate)
+            counts, uneven = _joined_counts(context, counts, layout.shape[-1] if blocks else None, validate)
+            position = context.position
         return cls(
-            layout, layout.offsets, read.targets, read.tokens, read.rollout, read.counts, read.weights, read.advantages,
-            read.polarity, layout.flat(given.old_logprobs, dtype), layout.flat(given.old_entropy, dtype),
-            layout.flat(given.ref_logprobs, dtype), read.importance, layout.flat(given.min_p_logprobs, dtype),
-            as_number(given.step, layout.offsets.device), as_number(given.denominator, layout.offsets.device), length,
+            layout, layout.offsets, read.targets, read.tokens, read.rollout, counts, read.counts, read.weights,
+            read.advantages, read.polarity, layout.flat(given.old_logprobs, dtype),
+            layout.flat(given.old_entropy, dtype), layout.flat(given.ref_logprobs, dtype), read.importance,
+            layout.flat(given.min_p_logprobs, dtype), as_number(given.step, layout.offsets.device),
+            as_number(given.denominator, layout.offsets.device), length,
             {name: values.detach().reshape(-1).to(dtype) for name, values in (given.scores or {}).items()},
-            _positions(layout, read.rollout) if calls_functions(objective) else None, not per_rollout[2],
+            position, not per_rollout[2], ranks, uneven,
         )  # fmt: skip
 
     def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:
@@ -111,6 +137,41 @@ class TokenBatch:
         given = {name: None if values is None else values[rows] for name, values in given.items()}
         scores = {name: values[rows] for name, values in self.scores.items()}
         return replace(self, offsets=offsets, scores=scores, **given)
+
+
+    def join(self, values: Tensor) -> Tensor:
+        """The sum over the ranks that share the batch's rollouts, differentiable."""
+        return values if self.ranks.context is None else self.ranks.context.join(values)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[S]: the sums of values [N] over the tokens of each rollout, on all ranks that share it."""
+        return self.join(segment_sum(torch.where(self.tokens, values, torch.zeros_like(values)), self.offsets))
+
+    @property
+    def places(self) -> Places | None:
+        """Where a selection finds the tokens of rollouts that ranks share; None: they are whole here."""
+        context = self.ranks.context
+        return None if context is None else context.places(self.rollout, self.layout.rollouts)
+
+
+def _joined_counts(
+    context: Context, counts: Tensor, length: int | None, validate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens of the rollouts over all ranks [S], and whether other ranks' blocks have another `length`; None: they may.
+
+    Raises ValueError where they have, and values may be read.
+    """
+    if length is None:
+        return context.join(counts), None
+    size = torch.full((1,), length, dtype=torch.float64, device=counts.device)
+    joined = context.join(torch.cat([counts.double(), size, size.square()]))
+    uneven = context.ranks * joined[-1] != joined[-2].square()
+    if reads_values(uneven, validate) and bool(uneven):
+        raise ValueError(
+            "padded blocks must be equally long on all ranks of cp_group, unless positions (and max_length where T "
+            f"would be it) are given; got T = {length} here"
+        )
+    return joined[:-2].to(counts.dtype), uneven
 
 
 def _positions(layout: TokenLayout, rollout: Tensor) -> Tensor:

@@ -91,6 +91,14 @@ def check_custom(surrogate: CustomSurrogate, device: torch.device) -> None:
     object.__setattr__(surrogate, "_checked", passed)
 
 
+def _refuse_to_join(sums: Tensor) -> Tensor:
+    # A chunk of its own tokens is all that such a function is shown: other ranks may be asked another number of times.
+    raise ValueError(
+        "a CustomSurrogate with depends_on='token' reads a sum over other tokens, which cp_group spreads over ranks; "
+        "declare 'rollout' or 'batch'"
+    )
+
+
 def custom_terms(
     surrogate: CustomSurrogate, batch: TokenBatch, stats: TokenStats, weights: Tensor, selected: Tensor | None,
     mine: Tensor | None, scale: Tensor, has_entropy: bool,
@@ -109,6 +117,8 @@ def custom_terms(
 
     def total(logp: Tensor, entropy: Tensor) -> Tensor:
         values = TokenValues.of(batch, weights, selected, logp, entropy if has_entropy else None)
+        if surrogate.depends_on == "token" and batch.ranks.context is not None:
+            values.join = _refuse_to_join
         loss = _loss(surrogate, values).to(logp.dtype)
         seen.update(values.read)
         # A clamp's derivative of NaN is 0, which beside a loss of NaN would pass for sound: here it is NaN.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..core.checks import compute_dtype
 from ..core.layout import token_layout
@@ -23,7 +24,7 @@ from ..parallel.vocabulary import Split
 from ..schedules import Value
 from .batch import TokenArguments, TokenBatch, check_objective
 from .one_pass import attach, one_pass, plan_chunks
-from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread
+from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread, spread_over_ranks
 from .shaping import current_rules, shape
 from .stages import PolicyLossOutput, loss_scale, policy_output, token_terms
 
@@ -60,6 +61,10 @@ def linear_policy_loss(
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    reduce_metrics: bool = False,
+    cp_group: ProcessGroup | None = None,
+    positions: Tensor | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -86,7 +91,7 @@ def linear_policy_loss(
             a selection by the current policy), or the batch. Its gradient is scaled by the incoming one in backward,
             which therefore runs once. "recompute" takes the statistics first and forms the logits of the rows that
             have a gradient again in backward. "auto": one-pass where it is possible, else recompute; a number of
-            rows as compaction takes recompute.
+            rows as compaction takes recompute, and so does what needs whole rollouts under cp_group.
         statistics: "all" tokens, or "active": only those that may have a gradient, or that one with a gradient
             depends on; the others never meet the weight. Their log-probs and entropy are 0, and the metrics are means
             over the computed tokens (token_count and active_fraction are of all of them). With a number of rows as
@@ -124,7 +129,7 @@ def linear_policy_loss(
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length, scores,
+        denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.total,
@@ -144,6 +149,13 @@ def linear_policy_loss(
     tokens = batch.tokens
     current = current_rules(objective, batch)
     unit = dependence(objective, current)
+    context = batch.ranks.context
+    whole = context is None or unit == "token"
+    if route == "one-pass" and not whole:
+        raise ValueError(
+            f"route='one-pass' is not possible here: a token's gradient needs its whole {unit}, which cp_group spreads "
+            "over ranks, so all statistics come first"
+        )
     if plan is not None:
         check_plan(plan, layout, hidden.device, objective, unit)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head.parameters)
@@ -151,7 +163,10 @@ def linear_policy_loss(
     possible = may_move(objective, tokens, batch.advantages, batch.polarity)
     if shaped is not None:
         possible = possible & (shaped.weights != 0)
-    mine = spread(possible, tokens, batch.offsets, unit)
+    if context is None:
+        mine = spread(possible, tokens, batch.offsets, unit)
+    else:
+        mine = spread_over_ranks(possible, tokens, batch.offsets, unit, context)
     computed = tokens if statistics == "all" else mine
     left_out: Tensor | None = None
     if plan is None and plain and chosen <= 0:
@@ -184,7 +199,7 @@ def linear_policy_loss(
         return scale if left_out is None else scale.masked_fill(left_out, torch.nan)
 
     tiles = None
-    if any(wanted) and route != "recompute" and plan is not None and plain:
+    if any(wanted) and route != "recompute" and plan is not None and plain and whole:
         agreed = head.shard is not None
         chunk_bytes = max_chunk_bytes or default_chunk_bytes(hidden.device, one_pass=True, agreed=agreed)
         tiles = plan_chunks(head, plan, unit, chunk_bytes)
@@ -196,9 +211,10 @@ def linear_policy_loss(
         # A selection of the current policy drops no token from the divisor, or the batch is one chunk.
         known = batch.weights if counted is None else counted
         scale = scale_of if unit == "batch" and counted is None else scale_of(known)
+        batch = replace(batch, tokens=computed)
         with torch.no_grad(), without_autocast(hidden.device):
             found = one_pass(
-                head, objective, replace(batch, tokens=computed), transform, plan, tiles, unit, shaped, scale, wanted,
+                head, objective, batch, transform, plan, tiles, unit, shaped, scale, wanted,
                 max_bytes, main_grad is not None, backend,
             )  # fmt: skip
         loss = attach(found, plan.rows, main_grad, head, backend)

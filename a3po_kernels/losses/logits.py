@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..core.checks import as_rows, compute_dtype
 from ..core.layout import token_layout
@@ -71,6 +72,10 @@ def policy_loss(
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    reduce_metrics: bool = False,
+    cp_group: ProcessGroup | None = None,
+    positions: Tensor | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -106,10 +111,26 @@ def policy_loss(
         min_p_logprobs: per token, min_p_token_logprobs of the old policy, for Lp-Reg; on-policy it is computed.
         importance_weights: per rollout or per token, constant factors of the surrogate (trainer/rollout mismatch).
         scores: per-token tensors by name, for rules whose metric is one of the names.
+        group: a torch.distributed group of data-parallel ranks, each token on one of them, over which rules of scope
+            "global" select and `reduce_metrics` reduces; None is the default group (without torch.distributed: this
+            process). A group that nothing would be reduced over is a ValueError.
+        reduce_metrics: whether metrics are those of the tokens of all ranks of `group`, the same bits on each: one
+            gathering of 18 numbers, with no host read. Every rank must then make the same calls. Under cp_group they
+            are of the ranks of both; a group that does not hold those of cp_group takes two gatherings.
+        cp_group: the context-parallel ranks, each of which holds some tokens of every rollout, [B, T / ranks] or packed
+            with the cu_seqlens of its own tokens: the same rollouts in the same order, any of them empty on a rank.
+            What is per rollout is given alike on all ranks. Counts, ratios and selections of whole rollouts (and of
+            the batch) then go over the ranks, as sums of [S] numbers; no token is gathered. The loss is this rank's
+            part: parts, and the gradients of parameters that the ranks share, are to be summed over cp_group. Metrics
+            and the other outputs are of the tokens here. A rollout-wide ratio takes PyTorch on N numbers between the
+            kernels.
+        positions: under cp_group, per token, int32 or int64: its place in its rollout, from 0, in any order; it
+            decides ties. None: the ranks hold consecutive blocks of T of each rollout in the order of their numbers;
+            packed rollouts need positions where an order matters. Where they are given, T may differ between ranks.
         step: training step of the schedules, a number or a 0-d tensor.
         denominator: replaces what the aggregation divides by, a number or a 0-d tensor: e.g. the token (or rollout)
-            count over all ranks and accumulation steps. Nothing is reduced over ranks here.
-        max_length: of seq-mean-token-sum-norm; T if padded and not given.
+            count over all ranks and accumulation steps, see global_denominator. Nothing is reduced over ranks here.
+        max_length: of seq-mean-token-sum-norm; T if padded and not given (times the ranks of cp_group).
         temperature, softcap, logit_scale, ignore_index, inplace_backward, tp_group, vocab_start, vocab_size, validate,
             backend: as in token_logprobs.
         route: "one-launch" takes a row's statistics, its coefficient and its gradient while the row is in the cache:
@@ -152,7 +173,7 @@ def policy_loss(
         check_no_overlap(logits)
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length, scores,
+        denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=vocabulary,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
@@ -34,6 +35,10 @@ def logprob_policy_loss(
     min_p_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    reduce_metrics: bool = False,
+    cp_group: ProcessGroup | None = None,
+    positions: Tensor | None = None,
     step: Value = 0,
     denominator: Tensor | float | None = None,
     max_length: float | None = None,
@@ -68,7 +73,7 @@ def logprob_policy_loss(
         raise ValueError("Lp-Reg needs min_p_logprobs of the old policy, which log-probs alone do not give; got None")
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
-        denominator, max_length, scores,
+        denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
     )  # fmt: skip
     dtype = compute_dtype(logprobs.dtype)
     batch = TokenBatch.read(layout, objective, given, dtype, backend, validate=validate)

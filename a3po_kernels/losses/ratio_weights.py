@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.segments import own_segment_sum
 from ..objectives import Objective, OffPolicyMask, Topr, Vespo
 from .batch import TokenBatch
 
@@ -28,7 +27,7 @@ def importance_of(objective: Objective, batch: TokenBatch, logprobs: Tensor) -> 
     tokens, rollout = batch.tokens, batch.rollout.long()
 
     def total(values: Tensor) -> Tensor:
-        return own_segment_sum(values, tokens, batch.offsets, rollout)
+        return batch.sums(values)[rollout]
 
     def mean(values: Tensor) -> Tensor:
         return total(values) / batch.counts.clamp(min=1.0)[rollout]

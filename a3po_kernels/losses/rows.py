@@ -13,6 +13,7 @@ from ..core.layout import TokenLayout, token_layout
 from ..core.operators import runs_plainly
 from ..core.segments import segment_of, segment_sum, true_first
 from ..objectives import CustomSurrogate, Objective, PolarityWeights, Ratio, TokenRule
+from ..parallel.context import Context
 from .batch import check_objective, check_polarity
 from .ratio_weights import reads_rollout
 
@@ -93,6 +94,15 @@ def spread(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str) -> Tensor:
     rows = torch.arange(flags.numel(), device=flags.device)
     rollout = segment_of(offsets, rows).clamp(0, some.numel() - 1)
     return tokens & some[rollout]
+
+
+def spread_over_ranks(flags: Tensor, tokens: Tensor, offsets: Tensor, unit: str, context: Context) -> Tensor:
+    """spread where rollouts lie on several ranks: the tokens here that share a unit with one flagged anywhere."""
+    if unit != "rollout":
+        return flags if unit == "token" else tokens
+    some = context.join(segment_sum(flags.float(), offsets)) > 0
+    rows = torch.arange(flags.numel(), device=flags.device)
+    return tokens & some[segment_of(offsets, rows).clamp(0, max(some.numel() - 1, 0))]
 
 
 def _moves_without_advantage(objective: Objective) -> bool:

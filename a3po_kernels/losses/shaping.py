@@ -13,6 +13,7 @@ from ..objectives import Objective, PolarityWeights, Surrogate, TokenRule
 from ..ops.select_tokens import select_flat
 from ..ops.token_logprobs import TokenStats
 from ..ops.tokens import apply_rules, walks_batch
+from ..parallel.selection import order_statistics
 from ..schedules import Schedule, Value
 from .batch import TokenBatch, as_number, leading_weights
 from .token_values import TokenValues, check_result
@@ -114,11 +115,12 @@ def shape(
         )  # fmt: skip
         count = weights.numel()
         simple = rule.threshold is None and rule.quantile is None and rule.replacement is None
-        if rule.scope == "rollout" and simple:
+        whole = batch.ranks.context is None  # what lies on several ranks no launch can walk
+        if rule.scope == "rollout" and simple and whole:
             waiting.append(form)
             continue
         weights = apply_waiting(weights)
-        if rule.scope == "batch" and simple and walks_batch(count, weights.device, backend) and count:
+        if rule.scope == "batch" and simple and whole and walks_batch(count, weights.device, backend) and count:
             offsets = torch.arange(0, count + 1, count, device=weights.device)
             weights, chosen = apply_rules(weights, batch.polarity, offsets, [form], backend)
         else:
@@ -130,18 +132,24 @@ def shape(
     return ShapedTokens(weights, selected, 1.0 if first_scale is None else first_scale, tuple(replaced))
 
 
-def _quantile(values: Tensor, eligible: Tensor, share: float) -> Tensor:
+def _quantile(values: Tensor, eligible: Tensor, share: float, batch: TokenBatch) -> Tensor:
     """[]: the quantile of the eligible values, interpolated linearly as torch.quantile does; it waits for nothing.
 
     Between an infinite value and another it is the infinite one, -inf before inf. No value may be NaN.
     """
-    if not values.numel():
+    context = batch.ranks.context
+    if context is None and not values.numel():
         return values.new_zeros(())
-    ordered = torch.where(eligible, values, torch.inf).sort().values
-    place = (eligible.sum() - 1).clamp(min=0).to(torch.float64) * share
+    last = (batch.join(eligible.sum()) - 1).clamp(min=0)
+    place = last.to(torch.float64) * share
     below = place.floor().long()
-    above = torch.minimum(below + 1, (eligible.sum() - 1).clamp(min=0))
-    low, high = ordered.gather(0, torch.stack([below, above])).unbind()
+    above = torch.minimum(below + 1, last)
+    places = torch.stack([below, above])
+    if context is None:
+        found = torch.where(eligible, values, torch.inf).sort().values.gather(0, places)
+    else:
+        found = order_statistics(values, eligible, places, context.cp_group)
+    low, high = found.unbind()
     share_above = (place - below).to(low.dtype)
     between = torch.where(high == torch.inf, high, torch.lerp(low, high, share_above))
     return torch.where((share_above == 0) | (low == -torch.inf), low, between)
@@ -156,12 +164,12 @@ def _apply_widely(
         eligible = eligible & (batch.polarity * form.polarity > 0)
     if rule.quantile is not None:
         rank = torch.where(form.metric.isnan(), torch.inf, form.metric)  # as select_tokens ranks NaN
-        bound = _quantile(rank, eligible, rule.quantile)
+        bound = _quantile(rank, eligible, rule.quantile, batch)
         chosen = eligible & (rank >= bound if form.high else rank <= bound)
     else:
         chosen = select_flat(
             form.metric, eligible, batch.offsets, ratio=rule.ratio, side=rule.side, scope=rule.scope,
-            rounding=rule.rounding, backend=backend,
+            rounding=rule.rounding, backend=backend, group=batch.ranks.group, places=batch.places,
         )  # fmt: skip
     if rule.threshold is not None:
         limit = rule.threshold

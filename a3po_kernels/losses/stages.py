@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.forms import METRICS, PolicyInputs, SurrogateForm
 from ..objectives import Cispo, Clip, CustomSurrogate, Dppo, Gmpo, Nothing, Objective, Ratio, Sapo, Surrogate, TokenRule
 from ..ops.select_tokens import select_flat
-from ..ops.surrogate import PolicyTerms, policy_terms
+from ..ops.surrogate import PolicyTerms, joined_policy_terms, policy_terms
 from ..ops.token_logprobs import TokenStats
 from ..ops.tokens import count_kept, normalizer
 from .batch import TokenBatch
@@ -91,8 +91,9 @@ def loss_scale(objective: Objective, batch: TokenBatch, weights: Tensor, backend
     """What the loss of a token is multiplied by, per rollout [S]."""
     reads_counts = batch.denominator is None or objective.aggregation == "seq-mean-token-mean"
     selected = objective.normalize_over == "selected" and reads_counts
-    counts = count_kept(weights, batch.offsets, backend) if selected else batch.counts
-    return normalizer(counts, objective.aggregation, batch.denominator, batch.max_length, backend)
+    counts = batch.join(count_kept(weights, batch.offsets, backend)) if selected else batch.counts
+    scale = normalizer(counts, objective.aggregation, batch.denominator, batch.max_length, backend)
+    return scale if batch.uneven is None else scale.masked_fill(batch.uneven, math.nan)
 
 
 def policy_inputs(
@@ -102,7 +103,7 @@ def policy_inputs(
     return PolicyInputs(
         batch.tokens, batch.rollout, shaped.weights, batch.advantages, batch.polarity, batch.old, batch.reference,
         batch.importance, None if replaced is None else batch.proxy, replaced, shaped.selected, batch.offsets,
-        batch.counts, scale,
+        batch.own_counts, scale,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def token_terms(
     parts.append((objective.surrogate, left))
 
     found = [_terms(objective, s, batch, detached, shaped, mine, scale, backend, has_entropy) for s, mine in parts]
-    return join_terms(stats, found, batch.counts)
+    return join_terms(stats, found, batch.own_counts)
 
 
 def _terms(
@@ -143,17 +144,21 @@ def _terms(
         lowest = select_flat(
             logp, (batch.advantages < 0) & (shaped.weights != 0), batch.offsets,
             ratio=objective.low_probability.quantile, side="low", scope="batch", rounding="floor", at_least=0,
-            required=2, backend=backend,
+            required=2, backend=backend, places=batch.places,
         )  # fmt: skip
         replaced = lowest & (logp < batch.proxy)
     own_tokens = shaped if mine is None else shaped._replace(weights=shaped.weights * mine)
     inputs = policy_inputs(objective, batch, own_tokens, scale, replaced)
     form = surrogate_form(objective, surrogate)
+    if form.sequence and batch.ranks.context is not None:
+        return joined_policy_terms(
+            stats.logprobs, stats.entropy, inputs, form, shaped.beta, batch.counts, batch.join, backend
+        )  # fmt: skip
     if not isinstance(surrogate, CustomSurrogate):
         return policy_terms(stats.logprobs, stats.entropy, inputs, form, shaped.beta, backend)
     others = policy_terms(stats.logprobs.detach(), stats.entropy.detach(), inputs, form, shaped.beta, backend)
     own = custom_terms(surrogate, batch, stats, shaped.weights, shaped.selected, mine, scale, has_entropy)
-    return join_terms(stats, [own, others], batch.counts)
+    return join_terms(stats, [own, others], batch.own_counts)
 
 
 def policy_output(
@@ -162,5 +167,6 @@ def policy_output(
     """Puts the results, flat [N], into the caller's spelling. metrics: METRICS."""
     shape = batch.layout.shape
     logprobs, entropy, weights = (x.detach().view(shape) for x in (*stats, weights))
+    metrics = batch.ranks.reduced(metrics, batch.tokens, batch.polarity)
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
     return PolicyLossOutput(loss, logprobs, entropy, weights, named, route)

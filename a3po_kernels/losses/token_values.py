@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.segments import own_segment_sum
+from ..core.segments import segment_sum
 from .batch import TokenBatch
 
 
@@ -33,6 +33,7 @@ class TokenValues:
         self.read: set[str] = set()
         self.scores: Mapping[str, Tensor] = {}
         self.step: Any = 0
+        self.join: Callable[[Tensor], Tensor] = lambda sums: sums  # with those of ranks that hold the same rollouts
         self._rollout, self._offsets, self._counts, self._given = rollout, offsets, counts, given
 
     @classmethod
@@ -52,7 +53,7 @@ class TokenValues:
             "selected": torch.zeros_like(batch.tokens) if selected is None else selected,
         }  # fmt: skip
         values = cls(batch.tokens, batch.rollout.long(), batch.offsets, batch.counts, given)
-        values.scores, values.step = batch.scores, batch.step
+        values.scores, values.step, values.join = batch.scores, batch.step, batch.join
         return values
 
     def _value(self, name: str) -> Tensor:
@@ -60,7 +61,7 @@ class TokenValues:
         value = self._given.get(name)
         if value is None:
             raise ValueError(f"a function of the batch's tokens reads {name}, which was not given, or is not known yet")
-        return torch.where(self.mask, value, torch.zeros_like(value))
+        return self._at_tokens(value)
 
     @property
     def logprobs(self) -> Tensor:
@@ -124,9 +125,12 @@ class TokenValues:
         """exp(log_ratio), of the log ratio clamped to +-20."""
         return self.log_ratio.clamp(-20.0, 20.0).exp()
 
+    def _at_tokens(self, values: Tensor) -> Tensor:
+        return torch.where(self.mask, values, torch.zeros_like(values))
+
     def rollout_sum(self, values: Tensor) -> Tensor:
         """[N]: at each row the sum over its rollout's tokens."""
-        return own_segment_sum(values, self.mask, self._offsets, self._rollout)
+        return self.join(segment_sum(self._at_tokens(values), self._offsets))[self._rollout]
 
     def rollout_mean(self, values: Tensor) -> Tensor:
         """[N]: at each row the mean over its rollout's tokens."""
@@ -134,8 +138,8 @@ class TokenValues:
 
     def batch_sum(self, values: Tensor) -> Tensor:
         """[]: the sum over the batch's tokens."""
-        return torch.where(self.mask, values, torch.zeros_like(values)).sum()
+        return self.join(self._at_tokens(values).sum())
 
     def batch_mean(self, values: Tensor) -> Tensor:
         """[]: the mean over the batch's tokens."""
-        return self.batch_sum(values) / self.mask.sum().clamp(min=1)
+        return self.batch_sum(values) / self.join(self.mask.sum()).clamp(min=1)

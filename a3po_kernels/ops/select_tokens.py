@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..backends import check_backend, choose
 from ..core.checks import check_floating, check_selection, check_tensor
 from ..core.layout import token_layout
 from ..core.operators import plainly
 from ..core.rounding import bounded_fraction
-from ..parallel.data import select_global
+from ..parallel.context import check_positions, read_context
+from ..parallel.groups import check_group
+from ..parallel.selection import Places, select_global, select_shared
 
 
 @torch.library.custom_op("a3po::select_tokens", mutates_args=())
@@ -41,15 +44,22 @@ _select_plainly = plainly(_select_tokens)
 
 def select_flat(
     metric: Tensor, eligible: Tensor, offsets: Tensor, *, ratio: float, side: str, scope: str, rounding: str,
-    at_least: int = 1, required: int = 0, backend: str = "auto",
+    at_least: int = 1, required: int = 0, backend: str = "auto", group: ProcessGroup | None = None,
+    places: Places | None = None,
 ) -> Tensor:  # fmt: skip
-    """select_tokens on flat [N] tensors and offsets [S + 1], after every check."""
+    """select_tokens on flat [N] tensors and offsets [S + 1], checked before; places: of rollouts on several ranks."""
     metric = metric.detach().contiguous()
     if metric.dtype not in (torch.float32, torch.float64):
         metric = metric.float()
     eligible = eligible.contiguous()
     if scope == "global":
-        return select_global(metric, eligible, ratio, side == "high", rounding == "ceil", at_least, required)
+        return select_global(
+            metric, eligible, ratio, side == "high", rounding == "ceil", at_least, required, group, places
+        )
+    if places is not None:
+        return select_shared(
+            metric, eligible, places, scope == "batch", ratio, side == "high", rounding == "ceil", at_least, required
+        )
     if scope == "batch":
         offsets = torch.stack([torch.zeros_like(offsets[0]), torch.full_like(offsets[0], metric.numel())])
     return _select_plainly(
@@ -66,6 +76,9 @@ def select_tokens(
     side: str,
     scope: str = "rollout",
     rounding: str = "floor",
+    group: ProcessGroup | None = None,
+    cp_group: ProcessGroup | None = None,
+    positions: Tensor | None = None,
     validate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -80,25 +93,43 @@ def select_tokens(
         cu_seqlens: [S + 1] int32 or int64 offsets of packed rollouts.
         ratio: share to select, in (0, 1].
         side: "low" or "high" values of the metric.
-        scope: "rollout", "batch", or "global" (over the ranks of the default torch.distributed group).
+        scope: "rollout", "batch", or "global", over the ranks of `group`, where ties go to the lower rank first.
         rounding: "floor" or "ceil".
+        group: of scope "global": a torch.distributed group, every rank of which makes this call; None is the default
+            group (without torch.distributed: this process).
+        cp_group: of scope "rollout" and "batch": the ranks that hold tokens of the same rollouts, in the same order;
+            each gives its own tokens and gets their marks. A rollout may be empty on a rank.
+        positions: int32 or int64, of the metric's shape: each one's place in its rollout, from 0, for ties; under
+            cp_group. None: the ranks hold consecutive blocks of each rollout, equally long, in the order of their
+            numbers; with cu_seqlens they must be given.
 
     Returns:
         A bool mask of the metric's shape.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range; a group of another scope.
     """
     check_tensor("metric", metric)
     check_floating("metric", metric)
     check_selection(ratio, side, scope, rounding)
     check_backend(backend, metric.device)
+    check_group("group", group)
+    if group is not None and scope != "global":
+        raise ValueError(f"group is what scope 'global' selects over; got a group and scope = {scope!r}")
     layout = token_layout("metric", metric, cu_seqlens, validate=validate, one_rollout=True)
+    if cp_group is not None and scope == "global":
+        raise ValueError("cp_group is of scope 'rollout' and 'batch'; for scope 'global' give a group of all ranks")
+    context = read_context(layout, cp_group, positions, cu_seqlens is None, "ties, which go to the earlier position")
     eligible = layout.flat_mask(mask, validate)
     if eligible is None:
         eligible = torch.ones(layout.count, dtype=torch.bool, device=metric.device)
+    places = None
+    if context is not None:
+        rollout = layout.row_rollouts()
+        check_positions(context, eligible, rollout, validate)
+        places = context.places(rollout, layout.rollouts)
     chosen = select_flat(
         metric.reshape(-1), eligible, layout.offsets, ratio=ratio, side=side, scope=scope, rounding=rounding,
-        backend=backend,
+        backend=backend, group=group, places=places,
     )  # fmt: skip
     return chosen.view(metric.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -106,3 +107,22 @@ def policy_terms(
         form.own_gradient, form.kl_estimator, [float(x) for x in form.numbers], bool(form.entropy_coef), backend,
     )  # fmt: skip
     return PolicyTerms(*found)
+
+
+def joined_policy_terms(
+    logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, beta: float | Tensor, lengths: Tensor,
+    join: Callable[[Tensor], Tensor], backend: str,
+) -> PolicyTerms:  # fmt: skip
+    """policy_terms of a rollout-wide ratio where other ranks hold tokens of the rollouts; loss and metrics are of ours.
+
+    lengths: [S] tokens of the rollouts on all ranks; join: sums [S] of one rank -> of all. Kernels cannot wait for
+    those in the middle: PyTorch goes through these N numbers on every backend.
+    """
+    own, own_entropy = logp.detach().contiguous(), entropy.detach().contiguous()
+    d_logp = torch.empty_like(own)
+    d_entropy = torch.empty_like(own) if form.entropy_coef else own[:0]
+    with torch.no_grad():
+        loss, metrics = choose(backend, own.device).joined_loss_and_coefficients(
+            own, own_entropy, inputs, form, beta, d_logp, d_entropy, lengths, join
+        )
+    return PolicyTerms(with_coefficients(logp, entropy, loss, d_logp, d_entropy), d_logp, d_entropy, metrics)

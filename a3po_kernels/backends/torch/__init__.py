@@ -3,7 +3,7 @@
 from .gradient import write_gradient
 from .min_p import finish_min_p, min_p_logprobs, min_p_part, row_maxima
 from .one_launch import prefers_one_launch, write_statistics_and_gradient
-from .policy_terms import loss_and_coefficients
+from .policy_terms import joined_loss_and_coefficients, loss_and_coefficients
 from .scaling import scale
 from .selection import LONGEST_SEGMENT, apply_rules, select
 from .statistics import empty_shift, finish_statistics, fold_statistics
@@ -11,6 +11,7 @@ from .tokens import count_kept, normalizer, read_tokens
 
 __all__ = [
     "LONGEST_SEGMENT", "apply_rules", "count_kept", "empty_shift", "finish_min_p", "finish_statistics",
-    "fold_statistics", "loss_and_coefficients", "min_p_logprobs", "min_p_part", "normalizer", "prefers_one_launch",
-    "read_tokens", "row_maxima", "scale", "select", "write_gradient", "write_statistics_and_gradient",
+    "fold_statistics", "joined_loss_and_coefficients", "loss_and_coefficients", "min_p_logprobs", "min_p_part",
+    "normalizer", "prefers_one_launch", "read_tokens", "row_maxima", "scale", "select", "write_gradient",
+    "write_statistics_and_gradient",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,19 @@ def loss_and_coefficients(
     d_entropy: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes dL/dlogp [N] and, with an entropy bonus, dL/dH [N]; gives the loss [] and METRICS."""
+    return joined_loss_and_coefficients(
+        logp, entropy, inputs, form, weight, d_logp, d_entropy, inputs.counts, lambda sums: sums
+    )
+
+
+def joined_loss_and_coefficients(
+    logp: Tensor, entropy: Tensor, inputs: PolicyInputs, form: SurrogateForm, weight: float | Tensor, d_logp: Tensor,
+    d_entropy: Tensor, lengths: Tensor, join: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same where a rollout has tokens elsewhere: lengths [S] of them all; join: a rollout's sums [S] with theirs.
+
+    Loss and metrics are those of the tokens here.
+    """
     dtype, tokens, offsets = logp.dtype, inputs.tokens, inputs.offsets
     rollout = inputs.rollout.long()
 
@@ -25,7 +40,7 @@ def loss_and_coefficients(
     logp, entropy = at(logp, tokens), at(entropy, tokens)
     advantage = at(inputs.advantages, kept) * inputs.weights
     scale = at(inputs.scale[rollout], tokens)
-    length = inputs.counts.clamp(min=1.0)
+    length = lengths.clamp(min=1.0)
     old, gap = behaviour(logp, None if inputs.old is None else at(inputs.old, tokens))
     inside = None
     log_ratio = gap
@@ -33,7 +48,7 @@ def loss_and_coefficients(
         clipped = gap
         if form.kind == "gmpo":
             clipped, inside = within(form, advantage, gap)
-        log_ratio = (segment_sum(at(clipped, tokens), offsets) / length)[rollout]
+        log_ratio = (join(segment_sum(at(clipped, tokens), offsets)) / length)[rollout]
     replaced = None if inputs.replaced is None else inputs.replaced & kept
     importance = None if inputs.importance is None else at(inputs.importance, kept)
     terms = loss_terms(
@@ -41,7 +56,7 @@ def loss_and_coefficients(
         None if inputs.reference is None else at(inputs.reference, tokens), replaced, inputs.proxy,
     )  # fmt: skip
     if form.sequence and not form.own_gradient:
-        shared = (segment_sum(terms.d_ratio, offsets) / length)[rollout]
+        shared = (join(segment_sum(terms.d_ratio, offsets)) / length)[rollout]
         shared = shared if inside is None else torch.where(inside, shared, 0.0)
         d_logp.copy_(at(terms.d_logp + shared, tokens) * scale)
     else:

@@ -1,0 +1,73 @@
+"""Cases run on several ranks: one spawn a number of ranks for all of them, their results on disk by name and rank."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+MODULES = ("data_parallel_cases", "context_parallel_cases")
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+COLLECTIVES = ("all_reduce", GATHER, "all_gather", "broadcast", "reduce_scatter_tensor", "all_to_all")
+
+
+class Counted:
+    """Counts the collectives called within it, of torch.distributed's functions."""
+
+    def __enter__(self) -> Counted:
+        self.calls: list[str] = []
+        self.patches = []
+        for name in COLLECTIVES:
+            right = getattr(dist, name)
+
+            def call(*args, _name=name, _right=right, **kwargs):
+                self.calls.append(_name)
+                return _right(*args, **kwargs)
+
+            self.patches.append(mock.patch.object(dist, name, call))
+            self.patches[-1].start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+
+def worker(rank: int, world: int, folder: str, modules: tuple[str, ...]) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for module in modules:
+        for name, case in importlib.import_module(module).CASES.items():
+            try:
+                results[name] = case(rank, world)
+            except Exception:
+                results[name] = traceback.format_exc()
+                break  # the other ranks may wait for this one
+    torch.save(results, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def spawn_ranks(world: int, folder: Path, modules: tuple[str, ...] = MODULES) -> None:
+    """Runs every case of some modules on every rank."""
+    mp.spawn(worker, args=(world, str(folder), modules), nprocs=world)
+
+
+def read_ranks(world: int, folder: Path) -> list[dict[str, Any]]:
+    """The results of every case, by rank; an AssertionError with the traceback of one that failed."""
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    for rank, results in enumerate(found):
+        for name, result in results.items():
+            assert not isinstance(result, str), f"{name} on rank {rank}:\n{result}"
+    return found
