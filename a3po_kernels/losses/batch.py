@@ -42,6 +42,7 @@ class TokenArguments(NamedTuple):
     reduce_metrics: Any = False
     cp_group: Any = None
     positions: Any = None
+    tp_group: Any = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class TokenBatch:
                 needs and did not get.
             IndexError: a target outside the vocabulary, where values may be read.
         """
-        ranks = Ranks.read(layout, objective, given.group, given.reduce_metrics, given.cp_group, given.positions)
+        ranks = Ranks.read(
+            layout, objective, given.group, given.reduce_metrics, given.cp_group, given.positions, given.tp_group
+        )
         context = ranks.context
         length = _check(layout, objective, given, validate)
         if context is not None and given.max_length is None:

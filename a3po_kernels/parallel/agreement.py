@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.operators import runs_plainly
 from ..core.tiles import default_chunk_bytes
-from .vocabulary import check_group
+from .groups import check_group
 
 # Arguments of which each rank has its own part, in this dimension.
 _PARTS = {"weight": 0, "bias": 0, "main_grad": 0, "logits": -1}
@@ -32,7 +32,8 @@ def check_agreement(group: Any, arguments: Mapping[str, Any]) -> None:
     different sizes, and must be the vocabulary together. In what is compiled or traced nothing is compared.
     """
     held = arguments.get("weight", arguments.get("logits"))
-    if dist.get_world_size(check_group("tp_group", group)) == 1:
+    check_group("tp_group", group)
+    if dist.get_world_size(group) == 1:
         return
     device = held.device if isinstance(held, Tensor) else torch.device("cpu")
     if isinstance(held, Tensor) and not runs_plainly(held):

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.checks import is_dtensor, is_on_its_way
-from .vocabulary import Split, check_group
+from .groups import check_group
+from .vocabulary import Split
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -148,7 +149,8 @@ def _part(name: str, tensor: DTensor, dim: int, at: int, vocab_size: int | None)
 def _implied(name: str, part: Part, split: Split) -> Split:
     """The split that a part is; raises ValueError where the caller says another."""
     if split.tp_group is not None:
-        given = check_group("tp_group", split.tp_group)
+        check_group("tp_group", split.tp_group)
+        given: dist.ProcessGroup = split.tp_group
         if given.group_name != part.group.group_name:
             raise ValueError(
                 f"tp_group must be that of the mesh's dimension {part.dim} over which {name} is sharded, or None; got "
@@ -162,7 +164,8 @@ def _implied(name: str, part: Part, split: Split) -> Split:
 
 
 def _refuse_whole(name: str, tensor: DTensor, split: Split) -> None:
-    if split.tp_group is not None and dist.get_world_size(check_group("tp_group", split.tp_group)) > 1:
+    check_group("tp_group", split.tp_group)
+    if split.tp_group is not None and dist.get_world_size(split.tp_group) > 1:
         raise ValueError(f"tp_group says that {name} is a part of the vocabulary, and it is {describe(tensor)}")
 
 

@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names since PyTorch 2.13, and before.
+all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
 
 def check_group(name: str, group: Any) -> None:
     """Raises TypeError or ValueError unless group is None or a process group that this rank is in."""
@@ -51,6 +55,20 @@ def first_rank(group: Any, other: Any) -> int:
     return next(number for number, rank in enumerate(ranks) if rank in inside)
 
 
+def check_beside(group: Any, tp_group: Any) -> None:
+    """Raises ValueError if group (None: the default) holds other ranks of tp_group, which have the same tokens."""
+    if group_size(tp_group) == 1:
+        return
+    ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+    shared = set(ranks) & set(dist.get_process_group_ranks(tp_group))
+    if len(shared) > 1:
+        raise ValueError(
+            f"group must hold, of the tensor-parallel ranks {dist.get_process_group_ranks(tp_group)}, this one alone: "
+            f"they have the same tokens, which would be counted {len(shared)} times; got "
+            + ("None, the default group" if group is None else f"the ranks {list(ranks)}")
+        )
+
+
 def check_apart(group: Any, cp_group: Any) -> None:
     """Raises ValueError unless group holds all ranks of cp_group, or this one alone."""
     if group_size(cp_group) == 1 or holds(group, cp_group):
@@ -80,7 +98,5 @@ def gathered(values: Tensor, group: Any) -> Tensor:
     if ranks == 1:
         return values.unsqueeze(0)
     out = values.new_empty(ranks * values.numel())
-    # PyTorch 2.13 renamed it.
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(out, values.detach().reshape(-1).contiguous(), group=group)
+    all_gather_single(out, values.detach().reshape(-1).contiguous(), group=group)
     return out.view(ranks, *values.shape)

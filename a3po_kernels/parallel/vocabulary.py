@@ -14,14 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.operators import plainly_differentiable
+from .groups import all_gather_single, check_group, reduce_scatter_single
 
 LAYOUTS = ("replicated", "sequence_sharded")
 REDUCTIONS = ("all_reduce", "reduce_scatter", "partial")
-
-# Their names since torch 2.13, and before.
-all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
-reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
-
 
 def _group_of(name: str) -> dist.ProcessGroup:
     """Operators take a group by its name, as PyTorch's own functional collectives do."""
@@ -182,15 +178,6 @@ def gather_hidden(hidden: Tensor, shard: Shard, split: Split) -> tuple[Tensor, S
     return hidden, shard._replace(length=max(length, 1))
 
 
-def check_group(name: str, group: object) -> dist.ProcessGroup:
-    """The group; raises TypeError or ValueError unless it is one that this rank is in."""
-    if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{name} must be a group that this rank, {dist.get_rank()}, is in; it is not")
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{name} must be a torch.distributed process group; got {type(group).__name__}")
-    return group
-
-
 def read_split(
     split: Split, rows: int, vocab_size: int | None, device: torch.device, may_read: bool,
     what: str = "the rows of weight",
@@ -204,7 +191,8 @@ def read_split(
         if split.vocab_start is not None:
             raise ValueError("vocab_start is where this rank's part of a vocabulary begins: it needs tp_group")
         return None, _local_size(vocab_size, rows, what)
-    group = check_group("tp_group", split.tp_group)
+    check_group("tp_group", split.tp_group)
+    group: dist.ProcessGroup = split.tp_group
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     first, stop = _read_start(split.vocab_start, rank * rows, rows, what)
     if ranks == 1:
