@@ -181,14 +181,17 @@ def test_opcheck(backend, device):
     logits, targets, _, _ = small(device, torch.float32)
     flat = targets.reshape(-1)
     ones = torch.ones(10, device=device)
-    torch.library.opcheck(token_logprobs._token_statistics, (logits, flat, None, 0.7, 1.0, 0.0, -100, False, backend))
-    stats = token_logprobs._token_statistics(logits.detach(), flat, None, 0.7, 1.0, 5.0, -100, False, backend)
-    gradient = (logits.detach(), flat, stats[2], stats[3], stats[1], ones, None, None, 0.7, 1.0, 5.0, -100, backend)
+    columns = logits.shape[-1]
+    whole = (-100, columns, False, backend, "", [])
+    torch.library.opcheck(token_logprobs._token_statistics, (logits, flat, None, 0.7, 1.0, 0.0, *whole))
+    stats = token_logprobs._token_statistics(logits.detach(), flat, None, 0.7, 1.0, 5.0, *whole)
+    found = (stats[2], stats[3], stats[1], ones, None)
+    gradient = (logits.detach(), flat, *found, None, 0.7, 1.0, 5.0, -100, columns - 2, backend, 0)
     torch.library.opcheck(token_logprobs._logits_gradient, gradient)
     torch.library.opcheck(token_logprobs._logits_gradient_, (logits.detach().clone(), *gradient[1:]))
     offsets = torch.tensor([0, 4, 10], device=device)
     torch.library.opcheck(select_tokens._select_tokens, (ones, ones > 0, offsets, 0.2, False, False, 1, 0, backend))
-    torch.library.opcheck(min_p._min_p, (logits.detach(), flat, 0.02, 1.0, 0.0, -100, backend))
+    torch.library.opcheck(min_p._min_p, (logits.detach(), flat, 0.02, 1.0, 0.0, -100, backend, "", []))
     per_rollout = ones[:2]
     read = (flat, flat > 0, offsets, per_rollout, ones, per_rollout, 10, [True, False, True], [1.0, 0.5, 1.0], -100)
     torch.library.opcheck(tokens._read_tokens, (*read, torch.float32, backend))
@@ -210,11 +213,11 @@ def test_opcheck(backend, device):
     torch.library.opcheck(surrogate._with_coefficients, (logp, entropy, logp.detach().sum(), ones, ones))
     hidden, weight = torch.randn(10, 4, device=device), torch.randn(9, 4, device=device)
     proxy = (hidden, weight, None, None, None, flat % 8, 1.0, 8, torch.float32, 0.1, 1.0, 5.0, -100, 200, -1, backend)
-    torch.library.opcheck(linear_min_p._linear_min_p, proxy)
+    torch.library.opcheck(linear_min_p._linear_min_p, (*proxy, "", "", []))
     lora = (torch.randn(2, 4, device=device), torch.randn(9, 2, device=device))
     leaves = [x.requires_grad_() for x in (hidden, weight, torch.randn(9, device=device), *lora)]
     targets = flat % 8
-    options = (0.5, 8, torch.float32, torch.float32, None, 0.7, 1.0, 5.0, -100, 200, -1, -1, backend)
+    options = (0.5, 8, torch.float32, torch.float32, None, 0.7, 1.0, 5.0, -100, 200, -1, -1, backend, "", "", [])
     given = (None, None)
     torch.library.opcheck(linear._linear_statistics, (*leaves, None, targets, *options, *given))
     with torch.no_grad():

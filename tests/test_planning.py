@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,12 +14,13 @@ import torch.distributed as dist
 from batches import INTERPRETED
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from a3po_kernels import TokenRule, dapo, gspo, linear_policy_loss, lp_reg, presets, select_tokens
+from a3po_kernels import TokenRule, dapo, gspo, linear_policy_loss, lp_reg, policy_loss, presets, select_tokens
 from a3po_kernels.core.layout import token_layout
 from a3po_kernels.losses.one_pass import plan_chunks
 from a3po_kernels.losses.rows import find_rows
 from a3po_kernels.objectives import Objective
 from a3po_kernels.ops.linear_head import LinearHead
+from a3po_kernels.parallel import groups
 from a3po_kernels.planning import (
     HeadStep,
     Machine,
@@ -88,10 +90,13 @@ def test_collectives_of_data_and_context_parallel_ranks():
     ]  # fmt: skip
     assert collectives_of_step(replace(step, dtype=torch.float64))[1] == ("all_reduce", 8, 2048)
     assert collectives_of_step(replace(step, objective=dapo(), reduce_metrics=False)) == []
-    # 5 rollouts: a sum of 5 numbers, and two rules' 8 rounds of 5 x 256 counts; GSPO's ratio there and back.
+    # 5 rollouts: a sum of 5 numbers and 2 in fp64; two rules' 5 numbers of tokens, and 5 rounds of 5 x 256 counts, of
+    # an fp32's bytes and one of the position. GSPO's ratio goes there and back.
     step = replace(SMALL, tp=1, cp=2, objective=presets["a3po"]())
-    assert collectives_of_step(step) == [("all_reduce", 1, 20), ("all_reduce", 16, 5 * 256 * 8)]
-    assert collectives_of_step(replace(step, objective=gspo())) == [("all_reduce", 3, 20)]
+    assert collectives_of_step(step) == [
+        ("all_reduce", 1, 56), ("all_reduce", 2, 40), ("all_reduce", 10, 5 * 256 * 8),
+    ]  # fmt: skip
+    assert collectives_of_step(replace(step, objective=gspo())) == [("all_reduce", 1, 56), ("all_reduce", 2, 20)]
     # Context-parallel ranks share the rows: 5 each.
     assert collectives_of_step(replace(step, tp=2, objective=dapo(), route="recompute"))[:2] == [
         ("all_gather", 1, 80), ("all_reduce", 1, 120),
@@ -102,27 +107,56 @@ def test_collectives_of_data_and_context_parallel_ranks():
     assert weight_gradient_traffic(replace(SMALL, dp=2, frozen_weight=True), "all_reduce") is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_global_selection_calls_what_is_planned(monkeypatch, dtype):
-    called: dict[tuple[str, int], int] = {}
+def calls_of(monkeypatch, work) -> dict[tuple[str, int], int]:
+    """(kind, bytes of a rank's input): how often, of what `work` calls on one of two ranks."""
+    called: Counter[tuple[str, int]] = Counter()
 
-    def counted(kind, position):
-        original = getattr(dist, kind)
+    def counted(module, name, kind, position):
+        original = getattr(module, name)
 
         def call(*args, **kwargs):
-            key = kind, args[position].nbytes
-            called[key] = called.get(key, 0) + 1
+            called[kind, args[position].nbytes] += 1
+            if kind == "all_reduce":
+                args[position].mul_(2)  # the fake group does nothing: the other rank has the same
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(dist, kind, call)
+        monkeypatch.setattr(module, name, call)
 
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        counted("all_reduce", 0)
-        counted("all_gather", 1)
-        select_tokens(torch.randn(3, 7, dtype=dtype), ratio=0.5, side="low", scope="global")
+        counted(dist, "all_reduce", "all_reduce", 0)
+        counted(groups, "all_gather_single", "all_gather", 1)
+        work()
     finally:
         dist.destroy_process_group()
+    return dict(called)
+
+
+@pytest.mark.parametrize(
+    "name", ["dapo", "grpo", "psr", "a3po", "gspo", "gspo_token", "gmpo", "luspo", "topr", "vespo", "cispo"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_context_parallel_ranks_call_what_is_planned(monkeypatch, name, dtype):
+    """5 rollouts of 4 tokens, two of each here."""
+    logits = torch.randn(5, 2, 7, dtype=dtype, requires_grad=True)
+    objective, old = presets[name](), torch.full((5, 2), -2.0, dtype=dtype)
+
+    def work():
+        policy_loss(
+            logits, torch.zeros(5, 2, dtype=torch.int64), torch.ones(5), objective=objective, old_logprobs=old,
+            cp_group=dist.group.WORLD,
+        ).loss.backward()  # fmt: skip
+
+    step = replace(SMALL, tp=1, cp=2, rows=20, rollouts=5, dtype=dtype, objective=objective)
+    planned = {(kind, size): count for kind, count, size in collectives_of_step(step)}
+    assert planned == calls_of(monkeypatch, work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_global_selection_calls_what_is_planned(monkeypatch, dtype):
+    called = calls_of(
+        monkeypatch, lambda: select_tokens(torch.randn(3, 7, dtype=dtype), ratio=0.5, side="low", scope="global")
+    )
     rule = TokenRule(scope="global")
     step = replace(SMALL, tp=1, dp=2, dtype=dtype, objective=Objective(shaping=(rule,)))
     assert {(kind, size): count for kind, count, size in collectives_of_step(step)} == called

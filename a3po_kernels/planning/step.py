@@ -14,11 +14,11 @@ from ..losses.ratio_weights import reads_rollout
 from ..losses.rows import dependence
 from ..named_objectives import dapo
 from ..objectives import CustomSurrogate, Objective, TokenRule
+from ..parallel.selection import width_of
 
 H200_BYTES = 150_000_000_000  # as CUDA reports it
 REDUCED_METRICS = 20  # numbers that reduce_metrics gathers, about
 DIGITS = 256  # counts of one round of a radix search
-CONTEXT_ROUNDS = 8  # of a selection within rollouts that several ranks hold
 GRAD_HIDDEN = ("all_reduce", "reduce_scatter", "partial")
 LAYOUTS = ("replicated", "sequence_sharded")
 
@@ -203,9 +203,12 @@ def _unknown_over_context(objective: Objective) -> str | None:
 
 
 def _rollout_sums(objective: Objective) -> int:
-    """[S] sums over context-parallel ranks: of the tokens; two of a rollout's ratio, there and back; of the factors."""
-    sequence = 2 if objective.ratio_level != "token" else 0
-    return 1 + sequence + (len(objective.ratio_weights) if reads_rollout(objective) else 0)
+    """[S] sums over context-parallel ranks besides the tokens': of the kept ones where they are divided by; of a
+    rollout's ratio, and back where its gradient is the rollout's; of each factor that reads it."""
+    selected = objective.normalize_over == "selected"
+    sequence = {"token": 0, "sequence-token": 1, "sequence": 2}[objective.ratio_level]
+    factors = len(objective.ratio_weights) if reads_rollout(objective) else 0
+    return selected + sequence + factors
 
 
 def _tensor_parallel(step: HeadStep) -> Iterator[Traffic]:
@@ -252,10 +255,16 @@ def _data_parallel(step: HeadStep) -> Iterator[Traffic]:
 
 def _context_parallel(step: HeadStep) -> Iterator[Traffic]:
     rules = [r for r in step.objective.shaping if isinstance(r, TokenRule) and r.scope == "rollout"]
-    yield Traffic("sums of rollouts", "all_reduce", "cp", step.wide * step.rollouts, _rollout_sums(step.objective))
+    # In fp64, with two numbers by which unequal blocks are found.
+    yield Traffic("tokens of rollouts", "all_reduce", "cp", 8 * (step.rollouts + 2))
+    if sums := _rollout_sums(step.objective):
+        yield Traffic("sums of rollouts", "all_reduce", "cp", step.wide * step.rollouts, sums)
     if rules:
+        # The metric's bytes, then the position's: of blocks, whose length is known.
+        rounds = step.wide + width_of(-(-step.rows // step.rollouts))
+        yield Traffic("selection in rollouts: tokens", "all_reduce", "cp", 8 * step.rollouts, len(rules))
         size = 8 * DIGITS * step.rollouts
-        yield Traffic("selection in rollouts", "all_reduce", "cp", size, CONTEXT_ROUNDS * len(rules))
+        yield Traffic("selection in rollouts: counts", "all_reduce", "cp", size, rounds * len(rules))
 
 
 def traffic_of_step(step: HeadStep) -> list[Traffic]:
