@@ -75,7 +75,7 @@ def refusals() -> dict[str, Refusal]:
             lambda: _head(w.requires_grad_(), h, main_grad=values(V, H, s0)), kind,
             "main_grad must be a plain tensor"),
         "another group": (lambda: _head(w, h, tp_group=alone), wrong, "tp_group must be that of the mesh's"),
-        "no group": (lambda: _head(w, h, tp_group="tp"), kind, "tp_group must be a torch.distributed process"),
+        "no group": (lambda: _head(w, h, tp_group="tp"), kind, "tp_group must be a torch.distributed ProcessGroup"),
         "a group for a whole weight": (
             lambda: _head(values(V, H), h, tp_group=dist.group.WORLD), wrong, "tp_group says that weight is a part"),
         "another start": (lambda: _head(w, h, vocab_start=3 * V), wrong, "vocab_start must be"),

@@ -14,9 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from a3po_kernels.parallel import groups
+
 MODULES = ("data_parallel_cases", "context_parallel_cases")
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-COLLECTIVES = ("all_reduce", GATHER, "all_gather", "broadcast", "reduce_scatter_tensor", "all_to_all")
+GATHER = "all_gather_single"
+COLLECTIVES = (
+    (dist, "all_reduce"), (groups, GATHER), (dist, "all_gather"), (dist, "broadcast"), (dist, "all_to_all"),
+    (groups, "reduce_scatter_single"),
+)  # fmt: skip
 
 
 class Counted:
@@ -25,14 +30,14 @@ class Counted:
     def __enter__(self) -> Counted:
         self.calls: list[str] = []
         self.patches = []
-        for name in COLLECTIVES:
-            right = getattr(dist, name)
+        for module, name in COLLECTIVES:
+            right = getattr(module, name)
 
             def call(*args, _name=name, _right=right, **kwargs):
                 self.calls.append(_name)
                 return _right(*args, **kwargs)
 
-            self.patches.append(mock.patch.object(dist, name, call))
+            self.patches.append(mock.patch.object(module, name, call))
             self.patches[-1].start()
         return self
 

@@ -42,7 +42,7 @@ class TokenArguments(NamedTuple):
     reduce_metrics: Any = False
     cp_group: Any = None
     positions: Any = None
-    tp_group: Any = None
+    shard: Any = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TokenBatch:
             IndexError: a target outside the vocabulary, where values may be read.
         """
         ranks = Ranks.read(
-            layout, objective, given.group, given.reduce_metrics, given.cp_group, given.positions, given.tp_group
+            layout, objective, given.group, given.reduce_metrics, given.cp_group, given.positions, given.shard
         )
         context = ranks.context
         length = _check(layout, objective, given, validate)

@@ -130,7 +130,7 @@ def linear_policy_loss(
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
         denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
-        None if head.shard is None else head.shard.process_group,
+        head.shard,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(head.dtype), backend, targets=targets, vocabulary=head.total,

@@ -174,7 +174,7 @@ def policy_loss(
     given = TokenArguments(
         advantages, old_logprobs, ref_logprobs, mask, polarity, old_entropy, min_p_logprobs, importance_weights, step,
         denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
-        None if shard is None else shard.process_group,
+        shard,
     )  # fmt: skip
     batch = TokenBatch.read(
         layout, objective, given, compute_dtype(logits.dtype), backend, targets=targets, vocabulary=vocabulary,

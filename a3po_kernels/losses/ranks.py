@@ -11,6 +11,7 @@ from ..objectives import Objective, TokenRule
 from ..parallel.context import Context, read_context
 from ..parallel.data import fold_metrics
 from ..parallel.groups import check_apart, check_beside, check_group, holds
+from ..parallel.vocabulary import Shard
 
 
 class Ranks(NamedTuple):
@@ -26,7 +27,7 @@ class Ranks(NamedTuple):
     @classmethod
     def read(
         cls, layout: TokenLayout, objective: Objective, group: Any, reduce_metrics: Any, cp_group: Any, positions: Any,
-        tp_group: Any,
+        shard: Shard | None,
     ) -> Ranks:  # fmt: skip
         """Raises TypeError or ValueError for a group that is none, that nothing would be reduced over, or that holds
         ranks with the same tokens."""
@@ -40,8 +41,8 @@ class Ranks(NamedTuple):
                 "group is what rules of scope 'global' select over and reduce_metrics=True reduces over; got a group, "
                 "and neither (for the divisor of a whole step: denominator=global_denominator(..., group=))"
             )
-        if tp_group is not None and (wide or reduce_metrics):
-            check_beside(group, tp_group)
+        if shard is not None and (wide or reduce_metrics):
+            check_beside(group, shard.process_group)
         context = read_context(layout, cp_group, positions, layout.padded, _ordered(objective))
         if cp_group is not None and group is not None:
             check_apart(group, cp_group)
