@@ -268,6 +268,30 @@ def mesh(rank, world):
     return found
 
 
+def unlike(rank, world):
+    """Scores and selected tokens of pairs of ranks: one has longer rollouts, or more of them, than the other."""
+    if world < 4:
+        return {}
+    pairs = [dist.new_group([2 * i, 2 * i + 1]) for i in range(world // 2)]
+    rule = TokenRule(metric="s", side="low", ratio=0.25, rest_scale=0.5, scope="global")
+    found = {}
+    for name, shapes in (("long", ((2, 100), (2, 200))), ("many", ((3, 2), (300, 2)))):
+        shape = shapes[rank // 2]
+        scores = torch.rand(shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+        out = a3po_kernels.logprob_policy_loss(
+            torch.zeros(shape, dtype=torch.float64), torch.ones(shape[0], dtype=torch.float64), scores={"s": scores},
+            objective=Objective(shaping=(rule,)), cp_group=pairs[rank // 2],
+        )  # fmt: skip
+        found[name] = scores, out.weights == 1.0
+    try:
+        a3po_kernels.global_denominator(
+            a3po_kernels.dapo(), torch.ones(2, 3), group=pairs[rank // 2], cp_group=dist.group.WORLD
+        )
+    except ValueError as error:
+        found["overlap"] = str(error)
+    return found
+
+
 def group_of_one(rank, world):
     """A cp_group of this rank alone, and its rollouts' tokens in reverse order."""
     own = [dist.new_group([other]) for other in range(world)][rank]
@@ -313,6 +337,8 @@ def refusals(rank, world):
         "no group": lambda: call("logits", padded, OBJECTIVES["dapo"], cp_group="cp"),
         "uneven": lambda: call("logits", short if rank == 0 else (*padded[:3], {}), OBJECTIVES["psr"], **cp),
         "uneven length": lambda: call("logits", cut, OBJECTIVES["length"], **cp),
+        "uneven selection": lambda: a3po_kernels.select_tokens(short[1].float(), ratio=0.5, side="low", **cp)
+        if rank == 0 else a3po_kernels.select_tokens(padded[1].float(), ratio=0.5, side="low", **cp),
         "global": lambda: a3po_kernels.select_tokens(torch.zeros(2, 3), ratio=0.5, side="low", scope="global", **cp),
     }
     found = {}
@@ -356,6 +382,6 @@ def no_host_reads(rank, world):
 CASES = {
     "every objective": every_objective, "other losses": other_losses, "moved": moved_from_elsewhere,
     "lonely": lonely, "selections": selections,
-    "mesh": mesh, "no host reads": no_host_reads, "group of one": group_of_one,
+    "mesh": mesh, "unlike": unlike, "no host reads": no_host_reads, "group of one": group_of_one,
     "refusals": refusals,
 }  # fmt: skip

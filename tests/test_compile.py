@@ -193,3 +193,17 @@ def test_make_fx(entry, mode, backend, device):
     traced = make_fx(step, tracing_mode=mode)(*arguments)
     for found, expected in zip(traced(*arguments), step(*arguments), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_global_rule_of_one_process_is_one_graph():
+    """Without other ranks nothing crosses, and nothing breaks the graph."""
+    rule = ak.TokenRule(source="current", ratio=0.4, rest_scale=0.5, scope="global")
+    objective = ak.Objective(shaping=(rule,))
+    hidden, weight, targets, advantages, old, _ = example(2, False, "dapo")
+
+    def call(hidden):
+        return ak.linear_policy_loss(
+            hidden, weight, targets, advantages, objective=objective, old_logprobs=old, reduce_metrics=True
+        ).loss
+
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(hidden), call(hidden))

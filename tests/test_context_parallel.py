@@ -90,12 +90,12 @@ def test_parts_sum_to_the_reference(ranks, name):
 
 
 # All-reduces: the counts of the rollouts and what the objective adds; and selections, each of which takes the number of
-# tokens, eight bytes of an fp64, and of the position one (of blocks) or four. One of a batch takes the rollout's byte
-# too, and one of all ranks the rank's.
+# tokens, eight bytes of an fp64, and of the position three (of blocks) or four. One of a batch takes the rollout's byte
+# too, and one of all ranks the rank's byte and four of each, as other ranks may have more.
 COLLECTIVES = {
     "dapo": (1, 0), "grpo": (1, 0), "psr": (2, 0), "a3po": (1, 2), "fork_tokens": (1 + 1 + 1, 1), "gspo": (1 + 2, 0),
     "gspo_token": (1 + 1, 0), "gmpo": (1 + 2, 0), "topr": (1 + 1, 0), "vespo": (1 + 2, 0), "masked": (1 + 2, 0),
-    "quantile": (1 + 1 + 8, 0), "rollout function": (1 + 2 * 2, 0), "length": (1, 0), "global": (1 + 2, 1),
+    "quantile": (1 + 1 + 8, 0), "rollout function": (1 + 2 * 2, 0), "length": (1, 0), "global": (1 + 1 + 8 + 1 + 8, 0),
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_number_of_collectives(ranks, name):
     fixed, selections = COLLECTIVES[name]
     for results in ranks:
         calls = results["every objective"][name, layout][3]
-        assert len(calls) == fixed + selections * (1 + 8 + (1 if layout == "contiguous" else 4)), calls
+        assert len(calls) == fixed + selections * (1 + 8 + (3 if layout == "contiguous" else 4)), calls
         assert set(calls) == {"all_reduce"}
 
 
@@ -158,6 +158,19 @@ def test_selections(ranks, layout, scope, side, rounding):
         assert torch.equal(together(parts, layout), want)
 
 
+def test_replicas_of_other_sizes_select_together(ranks):
+    """Pairs of ranks with other numbers and lengths of rollouts take as many rounds, and select as one batch."""
+    if len(ranks) < 4:
+        pytest.skip("needs two pairs of ranks")
+    for name in ("long", "many"):
+        found = [results["unlike"][name] for results in ranks]
+        scores, chosen = (torch.cat([part[i].reshape(-1) for part in found]) for i in range(2))
+        count = int(scores.numel() * 0.25)
+        assert chosen.sum() == count
+        assert scores[chosen].max() < scores[~chosen].min()
+    assert all("group must hold every rank of cp_group" in results["unlike"]["overlap"] for results in ranks)
+
+
 @pytest.mark.parametrize("which", ["outside", "inside"])
 @pytest.mark.parametrize("name", ["global", "gspo", "dapo", "length"])
 def test_data_and_context_parallel(ranks, name, which):
@@ -200,6 +213,7 @@ def test_refusals(ranks):
             "negative": "positions must lie in [0, 2^31); got -1",
             "no group": "cp_group must be a torch.distributed ProcessGroup or None; got str",
             "uneven": f"got T = {length} here",
+            "uneven selection": f"got T = {length} here",
             "uneven length": "unless positions (and max_length where T would be it) are given",
             "global": "cp_group is of scope 'rollout' and 'batch'",
         }

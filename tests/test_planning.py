@@ -86,15 +86,15 @@ def test_collectives_of_data_and_context_parallel_ranks():
     rule = TokenRule(metric="entropy", side="high", ratio=0.5, rest_scale=0.0, scope="global")
     step = replace(SMALL, tp=1, dp=4, reduce_metrics=True, objective=Objective(shaping=(rule,)))
     assert collectives_of_step(step) == [
-        ("all_reduce", 1, 8), ("all_reduce", 4, 2048), ("all_gather", 1, 8), ("all_gather", 1, 80),
+        ("all_reduce", 1, 8), ("all_reduce", 4, 2048), ("all_gather", 1, 8), ("all_gather", 1, 144),
     ]  # fmt: skip
     assert collectives_of_step(replace(step, dtype=torch.float64))[1] == ("all_reduce", 8, 2048)
     assert collectives_of_step(replace(step, objective=dapo(), reduce_metrics=False)) == []
-    # 5 rollouts: a sum of 5 numbers and 2 in fp64; two rules' 5 numbers of tokens, and 5 rounds of 5 x 256 counts, of
-    # an fp32's bytes and one of the position. GSPO's ratio goes there and back.
+    # 5 rollouts: a sum of 5 numbers and 2 in fp64; two rules' 5 numbers of tokens, and 7 rounds of 5 x 256 counts, of
+    # an fp32's bytes and three of the position. GSPO's ratio goes there and back.
     step = replace(SMALL, tp=1, cp=2, objective=presets["a3po"]())
     assert collectives_of_step(step) == [
-        ("all_reduce", 1, 56), ("all_reduce", 2, 40), ("all_reduce", 10, 5 * 256 * 8),
+        ("all_reduce", 1, 56), ("all_reduce", 2, 40), ("all_reduce", 14, 5 * 256 * 8),
     ]  # fmt: skip
     assert collectives_of_step(replace(step, objective=gspo())) == [("all_reduce", 1, 56), ("all_reduce", 2, 20)]
     # Context-parallel ranks share the rows: 5 each.
@@ -222,7 +222,7 @@ def test_which_link_a_group_uses():
     step = replace(SMALL, cp=2, dp=2, objective=presets["a3po"](), reduce_metrics=True)
     machine = Machine(gpus_per_node=4, node_latency=1, network_latency=100, node_bandwidth=1e12, network_bandwidth=1e12)
     for line in estimate_step(step, machine).collectives:
-        expected = (100 if line.traffic.group == "dp" else 1) * (2 if line.traffic.kind == "all_reduce" else 1)
+        expected = (100 if line.traffic.group in ("dp", "data") else 1) * (2 if line.traffic.kind == "all_reduce" else 1)
         assert line.seconds == pytest.approx(line.traffic.count * expected, rel=1e-6)
     whole = estimate_step(step, machine)
     # The four ranks of a replica beside one GPU.
@@ -314,7 +314,7 @@ def test_more_ranks_never_move_fewer_bytes():
         ({"hidden_layout": "sequence_sharded", "grad_hidden": "all_reduce"}, "grad_hidden must be 'reduce_scatter'"),
         ({"active_fraction": 1.5}, "active_fraction must lie in"), ({"lora_rank": -1}, "lora_rank must be 0 or more"),
         ({"max_chunk_bytes": 0}, "max_chunk_bytes must be positive or None"),
-        ({"cp": 2, "objective": lp_reg()}, "objective with cp = 2: a selection over the batch"),
+        ({"cp": 2, "objective": lp_reg()}, "objective with cp = 2: the rounds of a selection over the batch"),
         ({"route": "one-pass", "objective": lp_reg()}, "needs a chunk that holds a whole batch"),
     ],
 )  # fmt: skip

@@ -138,6 +138,9 @@ def disagree() -> dict[str, str]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         found["fake"] = said(a3po_kernels.linear_policy_loss, **arguments(rank), validate=True)
     found["right"] = said(a3po_kernels.linear_policy_loss, **arguments(rank), validate=True)
+    alone = [dist.new_group([member]) for member in range(2)][rank]
+    metrics = {"group": alone, "reduce_metrics": True, "cp_group": alone}
+    found["right, groups"] = said(a3po_kernels.linear_policy_loss, **arguments(rank), **metrics, validate=True)
     found["right, cut"] = said(
         a3po_kernels.linear_policy_loss, **arguments(rank), vocab_start=(8 * rank, 8 * rank + 7 + rank), validate=True
     )
@@ -165,7 +168,7 @@ def test_so_are_the_other_calls_and_right_ones_pass(disagreements):
         assert "grad mode is on on rank 0, off on rank 1" in found["grad mode"]
         assert "autocast is off on rank 0, bfloat16 on rank 1" in found["autocast"]
         assert found["fake"] == "nothing"  # no value is looked at
-        assert found["right"] == "nothing"
+        assert found["right"] == found["right, groups"] == "nothing"
         assert "none has the columns from 7 to 8" in found["right, cut"]
 
 
@@ -198,6 +201,7 @@ def misuse() -> dict[str, str]:
     found["metrics"] = of(reduce_metrics=True)
     found["rule"] = of(objective=Objective(shaping=(wide,)))
     found["same tokens"] = of(objective=Objective(shaping=(wide,)), group=dist.group.WORLD)
+    found["cp"] = of(cp_group=dist.group.WORLD)
     found["alone"] = of(objective=Objective(shaping=(wide,)), group=alone, reduce_metrics=True)
     if rank == 1:
         found["member"] = of(tp_group=outside)
@@ -223,6 +227,7 @@ def test_misuse_is_refused():
         assert "a row's statistics are the ranks' together" in found["one launch"]
         for name in ("metrics", "rule", "same tokens"):
             assert "group must hold, of the tensor-parallel ranks [0, 1], this one alone" in found[name]
+        assert "cp_group must hold, of the tensor-parallel ranks [0, 1], this one alone" in found["cp"]
         assert found["alone"] == "nothing"
     assert "ValueError: tp_group must be a process group that this rank is in" in second["member"]
 

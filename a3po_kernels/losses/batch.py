@@ -18,7 +18,7 @@ from ..core.segments import segment_sum
 from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
 from ..ops.token_logprobs import check_targets
 from ..ops.tokens import read_tokens
-from ..parallel.context import Context, check_positions
+from ..parallel.context import check_positions, joined_with_length
 from ..parallel.selection import Places
 from .ranks import Ranks
 
@@ -102,7 +102,9 @@ class TokenBatch:
         length = _check(layout, objective, given, validate)
         if context is not None and given.max_length is None:
             length *= context.ranks  # of the whole rollout, where ranks hold as much of it each
-        blocks = layout.padded and (given.positions is None or (length > 0 and given.max_length is None))
+        by_length = objective.aggregation == "seq-mean-token-sum-norm" and given.denominator is None
+        # The same on every rank, whatever T is here.
+        blocks = layout.padded and (given.positions is None or (by_length and given.max_length is None))
         if targets is not None and reads_values(targets, validate):
             masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
@@ -118,7 +120,10 @@ class TokenBatch:
             position = _positions(layout, read.rollout) if calls_functions(objective) else None
         else:
             check_positions(context, read.tokens, read.rollout, validate)
-            counts, uneven = _joined_counts(context, counts, layout.shape[-1] if blocks else None, validate)
+            if blocks:
+                counts, uneven = joined_with_length(context, counts, layout.shape[-1], validate)
+            else:
+                counts = context.join(counts)
             position = context.position
         return cls(
             layout, layout.offsets, read.targets, read.tokens, read.rollout, counts, read.counts, read.weights,
@@ -155,26 +160,6 @@ class TokenBatch:
         """Where a selection finds the tokens of rollouts that ranks share; None: they are whole here."""
         context = self.ranks.context
         return None if context is None else context.places(self.rollout, self.layout.rollouts)
-
-
-def _joined_counts(
-    context: Context, counts: Tensor, length: int | None, validate: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens of the rollouts over all ranks [S], and whether other ranks' blocks have another `length`; None: they may.
-
-    Raises ValueError where they have, and values may be read.
-    """
-    if length is None:
-        return context.join(counts), None
-    size = torch.full((1,), length, dtype=torch.float64, device=counts.device)
-    joined = context.join(torch.cat([counts.double(), size, size.square()]))
-    uneven = context.ranks * joined[-1] != joined[-2].square()
-    if reads_values(uneven, validate) and bool(uneven):
-        raise ValueError(
-            "padded blocks must be equally long on all ranks of cp_group, unless positions (and max_length where T "
-            f"would be it) are given; got T = {length} here"
-        )
-    return joined[:-2].to(counts.dtype), uneven
 
 
 def _positions(layout: TokenLayout, rollout: Tensor) -> Tensor:

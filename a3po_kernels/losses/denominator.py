@@ -13,7 +13,7 @@ from ..core.checks import check_positive, check_tensor
 from ..core.layout import TokenLayout, token_layout
 from ..core.segments import segment_sum
 from ..objectives import Objective, PolarityWeights, TokenRule
-from ..parallel.groups import check_group, group_rank, group_size, holds, total
+from ..parallel.groups import check_all_or_one, check_group, group_rank, group_size, holds, total, total_over
 from .batch import check_objective, check_polarity
 
 
@@ -185,7 +185,10 @@ def _over_ranks(count: Tensor, shared: bool, group: Any, cp_group: Any) -> Tenso
     """A count of this rank's, over the ranks of both groups; shared: each rank of the cp_group has counted the same."""
     if cp_group is None or group_size(cp_group) == 1:
         return total(count, group)
+    check_all_or_one(group, cp_group)
+    if not shared:
+        return total_over(count, group, cp_group)
     if not holds(group, cp_group):
-        return total(count if shared else total(count, cp_group), group)
+        return total(count, group)
     # Of the ranks that have counted the same, one gives it.
-    return total(torch.zeros_like(count) if shared and group_rank(cp_group) else count, group)
+    return total(torch.zeros_like(count) if group_rank(cp_group) else count, group)

@@ -120,10 +120,10 @@ def policy_loss(
         cp_group: the context-parallel ranks, each of which holds some tokens of every rollout, [B, T / ranks] or packed
             with the cu_seqlens of its own tokens: the same rollouts in the same order, any of them empty on a rank.
             What is per rollout is given alike on all ranks. Counts, ratios and selections of whole rollouts (and of
-            the batch) then go over the ranks, as sums of [S] numbers; no token is gathered. The loss is this rank's
-            part: parts, and the gradients of parameters that the ranks share, are to be summed over cp_group. Metrics
-            and the other outputs are of the tokens here. A rollout-wide ratio takes PyTorch on N numbers between the
-            kernels.
+            the batch) then go over the ranks, as sums of [S] numbers and [S, 256] counts; no token is gathered. The
+            loss is this rank's part: parts, and the gradients of parameters that the ranks share, are to be summed over
+            cp_group. Metrics and the other outputs are of the tokens here. A rollout-wide ratio takes PyTorch on N
+            numbers between the kernels.
         positions: under cp_group, per token, int32 or int64: its place in its rollout, from 0, in any order; it
             decides ties. None: the ranks hold consecutive blocks of T of each rollout in the order of their numbers;
             packed rollouts need positions where an order matters. Where they are given, T may differ between ranks.

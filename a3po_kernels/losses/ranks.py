@@ -10,7 +10,7 @@ from ..core.layout import TokenLayout
 from ..objectives import Objective, TokenRule
 from ..parallel.context import Context, read_context
 from ..parallel.data import fold_metrics
-from ..parallel.groups import check_apart, check_beside, check_group, holds
+from ..parallel.groups import check_all_or_one, check_group, check_not_the_same_tokens, holds
 from ..parallel.vocabulary import Shard
 
 
@@ -42,10 +42,12 @@ class Ranks(NamedTuple):
                 "and neither (for the divisor of a whole step: denominator=global_denominator(..., group=))"
             )
         if shard is not None and (wide or reduce_metrics):
-            check_beside(group, shard.process_group)
+            check_not_the_same_tokens("group", group, shard.process_group)
+        if shard is not None and cp_group is not None:
+            check_not_the_same_tokens("cp_group", cp_group, shard.process_group)
         context = read_context(layout, cp_group, positions, layout.padded, _ordered(objective))
         if cp_group is not None and group is not None:
-            check_apart(group, cp_group)
+            check_all_or_one(group, cp_group)
         return cls(group, reduce_metrics, context)
 
     def reduced(self, metrics: Tensor, tokens: Tensor, polarity: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from torch.distributed import ProcessGroup
 from ..backends import check_backend, choose
 from ..core.checks import check_floating, check_selection, check_tensor
 from ..core.layout import token_layout
-from ..core.operators import plainly
+from ..core.operators import plainly, reads_values
 from ..core.rounding import bounded_fraction
-from ..parallel.context import check_positions, read_context
+from ..parallel.context import check_positions, joined_with_length, read_context
 from ..parallel.groups import check_group
 from ..parallel.selection import Places, select_global, select_shared
 
@@ -127,6 +127,8 @@ def select_tokens(
     if context is not None:
         rollout = layout.row_rollouts()
         check_positions(context, eligible, rollout, validate)
+        if positions is None and reads_values(metric, validate):
+            joined_with_length(context, metric.new_zeros(0), layout.shape[-1], validate)
         places = context.places(rollout, layout.rollouts)
     chosen = select_flat(
         metric.reshape(-1), eligible, layout.offsets, ratio=ratio, side=side, scope=scope, rounding=rounding,

@@ -106,6 +106,8 @@ def _fact(name: str, value: Any, cut: bool = False, depth: int = 0) -> str:
     """What must be the same on every rank. cut: whether the ranks' parts may be of different sizes."""
     if name == "vocab_start":
         return "None" if value is None else "given"
+    if isinstance(value, dist.ProcessGroup):  # others than tp_group: their ranks are others for each of this one's
+        return f"a group of {dist.get_world_size(value)} ranks"
     if name == "lora" and isinstance(value, tuple) and len(value) == 3:
         a, b, scale = value
         return f"({_fact('hidden', a)}, {_fact('weight', b, cut)}, {scale!r})"

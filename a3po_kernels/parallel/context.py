@@ -14,6 +14,7 @@ from .groups import check_group, group_rank, group_size, total
 from .selection import Places
 
 _LIMIT = 2**31
+_LONGEST_OF_BLOCKS = 2**24
 
 
 class _Joined(torch.autograd.Function):
@@ -82,9 +83,31 @@ def read_context(
             raise ValueError(f"packed rollouts under cp_group need positions, for {ordered}; got None")
         return Context(cp_group, None, 0)
     length = layout.shape[-1]
+    if length * group_size(cp_group) > _LONGEST_OF_BLOCKS:
+        raise ValueError(
+            f"blocks of rollouts of up to {_LONGEST_OF_BLOCKS} tokens are taken without positions; got T = {length} on "
+            f"each of {group_size(cp_group)} ranks"
+        )
     first = group_rank(cp_group) * length
     block = torch.arange(first, first + length, device=layout.offsets.device)
-    return Context(cp_group, block.repeat(layout.rollouts), max(length * group_size(cp_group), 1))
+    # The limit says how many rounds a selection takes: not from T, which could be another on another rank.
+    return Context(cp_group, block.repeat(layout.rollouts), _LONGEST_OF_BLOCKS)
+
+
+def joined_with_length(context: Context, counts: Tensor, length: int, validate: bool) -> tuple[Tensor, Tensor]:
+    """Counts [S] summed over the ranks, and whether other ranks' blocks have another `length`, 0-d bool.
+
+    Raises ValueError where they have, and values may be read.
+    """
+    size = torch.full((1,), length, dtype=torch.float64, device=counts.device)
+    joined = context.join(torch.cat([counts.double(), size, size.square()]))
+    uneven = context.ranks * joined[-1] != joined[-2].square()
+    if reads_values(uneven, validate) and bool(uneven):
+        raise ValueError(
+            "padded blocks must be equally long on all ranks of cp_group, unless positions (and max_length where T "
+            f"would be it) are given; got T = {length} here"
+        )
+    return joined[:-2].to(counts.dtype), uneven
 
 
 def check_positions(context: Context, tokens: Tensor, rollout: Tensor, validate: bool) -> None:

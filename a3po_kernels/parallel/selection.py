@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..core.rounding import bounded_fraction
-from .groups import first_rank, gathered, group_rank, group_size, holds, total
+from .groups import first_rank, gathered, group_rank, group_size, holds, total, total_over
 
 # The number of tokens over all ranks is on the device; this bounds it, and keeps the products within 64 bits.
 _MOST = 2**31 - 1
+_BYTES = 4  # of a place below 2^31
 Key = tuple[Tensor, int]  # int64 [N], and how many of its low bytes order
 
 
@@ -69,7 +70,8 @@ def _digits(keys: Sequence[Key]) -> Iterator[Tensor]:
 def _count_digits(digit: Tensor, open_: Tensor, base: Tensor | int, segments: int) -> Tensor:
     """[segments, 256]: how many open rows of each segment have each digit; base: 256 times the row's segment."""
     counts = torch.zeros(segments * 256, dtype=torch.int64, device=digit.device)
-    return counts.scatter_add_(0, (base + digit).reshape(-1), open_.long().reshape(-1)).view(segments, 256)
+    at = digit if isinstance(base, int) else (base + digit).reshape(-1)
+    return counts.scatter_add_(0, at, open_.long().reshape(-1)).view(segments, 256)
 
 
 def _search(
@@ -112,16 +114,17 @@ def select_global(
     then goes to the earlier rollout and position. Without an initialised process group it is the batch.
     """
     key = _by_metric(metric, high)
-    if places is not None and group_size(places.cp_group) > 1:
-        cp_group, held = places.cp_group, holds(group, places.cp_group)
+    if places is not None:
+        cp_group = places.cp_group
 
         def over_all(counts: Tensor) -> Tensor:
-            return total(counts if held else total(counts, cp_group), group)
+            return total_over(counts, group, cp_group)
 
-        number = first_rank(group, cp_group) if held else group_rank(group)
+        number = first_rank(group, cp_group) if holds(group, cp_group) else group_rank(group)
         by_rank = torch.full_like(places.position, number), width_of(group_size(group))
         left = _wanted(over_all(eligible.sum().view(1)), ratio, ceil, at_least, required)
-        keys = [key, by_rank, places.by_rollout, places.by_position]
+        # Other ranks may have more rollouts, or longer ones: all search through as many bytes.
+        keys = [key, by_rank, (places.rollout, _BYTES), (places.position, _BYTES)]
         found, open_, left = _search(keys, eligible, left, None, over_all)
         return found | (open_ & (left > 0))
     left = _wanted(total(eligible.sum().view(1), group), ratio, ceil, at_least, required)

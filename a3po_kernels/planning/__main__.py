@@ -15,8 +15,9 @@ from dataclasses import asdict
 import torch
 
 from ..named_objectives import presets
+from ..parallel.vocabulary import LAYOUTS, REDUCTIONS
 from .estimate import ALGORITHMS, Machine, StepEstimate, estimate_step
-from .step import GRAD_HIDDEN, H200_BYTES, LAYOUTS, HeadStep
+from .step import H200_BYTES, HeadStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 RATES = Machine()
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--route", choices=("auto", "one-pass", "recompute"), default="auto")
     add("--active-fraction", type=float, default=1.0, help="share of the rows with a gradient")
     add("--statistics", choices=("all", "active"), default="all")
-    add("--grad-hidden", choices=GRAD_HIDDEN, help="all_reduce; reduce_scatter where the sequence is sharded")
+    add("--grad-hidden", choices=REDUCTIONS, help="all_reduce; reduce_scatter where the sequence is sharded")
     add("--hidden-layout", choices=LAYOUTS, default="replicated")
     add("--lora-rank", type=int, default=0)
     add("--frozen-weight", action="store_true", help="no gradient of the weight")

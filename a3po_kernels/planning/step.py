@@ -14,13 +14,12 @@ from ..losses.ratio_weights import reads_rollout
 from ..losses.rows import dependence
 from ..named_objectives import dapo
 from ..objectives import CustomSurrogate, Objective, TokenRule
-from ..parallel.selection import width_of
+from ..parallel.vocabulary import LAYOUTS, REDUCTIONS
 
 H200_BYTES = 150_000_000_000  # as CUDA reports it
-REDUCED_METRICS = 20  # numbers that reduce_metrics gathers, about
+REDUCED_METRICS = 18  # fp64 numbers that reduce_metrics gathers
+PLACE_BYTES = 3  # of a position within blocks that ranks hold
 DIGITS = 256  # counts of one round of a radix search
-GRAD_HIDDEN = ("all_reduce", "reduce_scatter", "partial")
-LAYOUTS = ("replicated", "sequence_sharded")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class HeadStep:
             raise ValueError(f"active_fraction must lie in [0, 1]; got {self.active_fraction}")
         for name, words in (
             ("route", ("auto", "one-pass", "recompute")), ("statistics", ("all", "active")),
-            ("grad_hidden", (*GRAD_HIDDEN, None)), ("hidden_layout", LAYOUTS),
+            ("grad_hidden", (*REDUCTIONS, None)), ("hidden_layout", LAYOUTS),
         ):  # fmt: skip
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {words}; got {getattr(self, name)!r}")
@@ -168,7 +167,11 @@ class HeadStep:
         return max(self._budget // (self.dtype.itemsize * self.shard), 1)
 
     def _one_pass_possible(self) -> bool:
-        if self.unit == "token" or self.active <= self._longest:
+        if self.unit == "token":
+            return True
+        if self.cp > 1:
+            return False  # a rank has no rollout whole
+        if self.active <= self._longest:
             return True
         return self.unit == "rollout" and -(-self.tokens // self.rollouts) <= self._longest
 
@@ -198,7 +201,7 @@ def _unknown_over_context(objective: Objective) -> str | None:
     if objective.low_probability is not None or any(
         isinstance(rule, TokenRule) and rule.scope == "batch" for rule in objective.shaping
     ):
-        return "a selection over the batch of one rank has no meaning where ranks share its rollouts"
+        return "the rounds of a selection over the batch are not modelled"
     return None
 
 
@@ -249,8 +252,6 @@ def _data_parallel(step: HeadStep) -> Iterator[Traffic]:
         yield Traffic("global selection: tokens", "all_reduce", "dp", 8)
         yield Traffic("global selection: counts", "all_reduce", "dp", 8 * DIGITS, step.wide)
         yield Traffic("global selection: ties", "all_gather", "dp", 8)
-    if step.reduce_metrics:
-        yield Traffic("metrics", "all_gather", "dp", REDUCED_METRICS * step.wide)
 
 
 def _context_parallel(step: HeadStep) -> Iterator[Traffic]:
@@ -260,8 +261,8 @@ def _context_parallel(step: HeadStep) -> Iterator[Traffic]:
     if sums := _rollout_sums(step.objective):
         yield Traffic("sums of rollouts", "all_reduce", "cp", step.wide * step.rollouts, sums)
     if rules:
-        # The metric's bytes, then the position's: of blocks, whose length is known.
-        rounds = step.wide + width_of(-(-step.rows // step.rollouts))
+        # The metric's bytes, then the position's, of blocks.
+        rounds = step.wide + PLACE_BYTES
         yield Traffic("selection in rollouts: tokens", "all_reduce", "cp", 8 * step.rollouts, len(rules))
         size = 8 * DIGITS * step.rollouts
         yield Traffic("selection in rollouts: counts", "all_reduce", "cp", size, rounds * len(rules))
@@ -276,6 +277,8 @@ def traffic_of_step(step: HeadStep) -> list[Traffic]:
         found += _context_parallel(step)
     if step.dp > 1:
         found += _data_parallel(step)
+    if step.reduce_metrics and step.dp * step.cp > 1:
+        found.append(Traffic("metrics", "all_gather", "dp" if step.cp == 1 else "data", REDUCED_METRICS * 8))
     merged: Counter[Traffic] = Counter()
     for one in found:
         merged[replace(one, count=1)] += one.count
