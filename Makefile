@@ -101,7 +101,7 @@ test-triton36: .venv-triton36/.stamp  ## the kernels in the interpreter of Trito
 	TRITON_INTERPRET=1 $(call PYTEST,.venv-triton36,triton36) -m "interpreter and $(OTHERS)" $(PYTEST_ARGS)
 
 docs: .venv-docs/.stamp  ## the manual, into build/site; fails on a broken link or a name that is not there
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 fuzz: env  ## CASES random calls of the package against the reference, from SEED: a few minutes
 	$(ONE_THREAD) PYTHONPATH=. $(VENV)/bin/python -m tests.fuzz --seed $(SEED) --cases $(CASES) --workers $(WORKERS)

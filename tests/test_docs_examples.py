@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 
 import pytest
+import torch
+import torch.distributed as dist
 from batches import INTERPRETED
 
 import a3po_kernels
 from tests import docs_examples
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="natively")
 README = docs_examples.ROOT / "README.md"
@@ -21,6 +26,25 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
     if page == README:
         # Off-policy: on-policy a loss of normalised advantages is 0 whatever the model does.
         assert abs(float(re.search(r"-?\d+\.\d+", result.stdout)[0])) > 1e-3, result.stdout
+
+
+def parallel_page() -> list[list[float]]:
+    """The numbers that docs/parallel.md prints on this rank, by line, without its first block, which makes the group."""
+    names = {"__name__": "page", "torch": torch, "dist": dist, "ranks": dist.get_world_size(), "rank": dist.get_rank()}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in docs_examples.blocks(docs_examples.ROOT / "docs" / "parallel.md")[1:]:
+            exec(block.replace("dist.destroy_process_group()", ""), names)
+    return [[float(word) for word in line.split()] for line in printed.getvalue().splitlines()]
+
+
+def test_more_than_one_gpu_is_the_same_on_two_ranks():
+    """Loss and dHidden of a split head, and the loss of spread rollouts, are one rank's; counts are of both ranks."""
+    ((head, data, (context,)),) = on_ranks(1, parallel_page)
+    for split, both, (spread,) in on_ranks(2, parallel_page):
+        assert split == pytest.approx(head, rel=1e-5) and head[1] > 0
+        assert both == pytest.approx([data[0], 2 * data[1]], rel=1e-5)
+        assert spread == pytest.approx(context, rel=1e-5) and abs(context) > 1e-3
 
 
 def test_no_block_is_left_out():
