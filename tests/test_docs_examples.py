@@ -29,7 +29,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
 
 
 def parallel_page() -> list[list[float]]:
-    """The numbers that docs/parallel.md prints on this rank, by line, without its first block, which makes the group."""
+    """The numbers that docs/parallel.md prints on this rank, by line; its first block, of the group, is left out."""
     names = {"__name__": "page", "torch": torch, "dist": dist, "ranks": dist.get_world_size(), "rank": dist.get_rank()}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
