@@ -30,7 +30,7 @@ INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpre
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-megatron test-triton36 fuzz mutate bench demo train-plain dynamics clean distclean
+.PHONY: help env lint typecheck test test-native test-interpreter test-trl test-verl test-megatron test-triton36 docs fuzz mutate bench demo train-plain dynamics clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,12 @@ $(eval $(call environment,.venv-verl,constraints-verl.txt,$(TEST_TOOLS) $(VERL_I
 # Its wheels are said to want a Python that they run without.
 $(eval $(call environment,.venv-megatron,constraints.txt,$(TEST_TOOLS),--ignore-requires-python megatron-core==0.19.2))
 $(eval $(call environment,.venv-triton36,constraints-triton36.txt,$(TEST_TOOLS),triton==3.6.0))
+
+# The manual is read from the sources: neither torch nor the package is installed for it.
+.venv-docs/.stamp: constraints-docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -c constraints-docs.txt mkdocs mkdocs-material 'mkdocstrings[python]'
+	touch $@
 
 env: $(VENV)/.stamp  ## make or update .venv
 
@@ -94,6 +100,9 @@ test-megatron: .venv-megatron/.stamp  ## inside Megatron-Core's GPTModel, in .ve
 test-triton36: .venv-triton36/.stamp  ## the kernels in the interpreter of Triton 3.6, in .venv-triton36
 	TRITON_INTERPRET=1 $(call PYTEST,.venv-triton36,triton36) -m "interpreter and $(OTHERS)" $(PYTEST_ARGS)
 
+docs: .venv-docs/.stamp  ## the manual, into build/site; fails on a broken link or a name that is not there
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 fuzz: env  ## CASES random calls of the package against the reference, from SEED: a few minutes
 	$(ONE_THREAD) PYTHONPATH=. $(VENV)/bin/python -m tests.fuzz --seed $(SEED) --cases $(CASES) --workers $(WORKERS)
 
@@ -121,4 +130,4 @@ clean:  ## remove what tests and builds leave
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environments
-	rm -rf .venv .venv-trl .venv-verl .venv-megatron .venv-triton36
+	rm -rf .venv .venv-trl .venv-verl .venv-megatron .venv-triton36 .venv-docs

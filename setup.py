@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -14,9 +15,19 @@ def version() -> str:
     return found[1]
 
 
+# https://HOST/OWNER/NAME, for a release: a package index shows no file of the repository.
+REPOSITORY = os.environ.get("A3PO_REPOSITORY", "").rstrip("/")
+
+
 def readme() -> str:
+    """README.md; with A3PO_REPOSITORY its links and images are absolute."""
     path = ROOT / "README.md"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not REPOSITORY:
+        return text
+    text = re.sub(r"\]\(\.\./\.\./", f"]({REPOSITORY}/", text)
+    text = re.sub(r"(!\[[^\]]*\]\()(?![a-z]+:)", rf"\1{REPOSITORY}/raw/main/", text)
+    return re.sub(r"(\]\()(?![a-z]+:|#)", rf"\1{REPOSITORY}/blob/main/", text)
 
 
 TEST = [
@@ -36,6 +47,7 @@ setup(
     "A3PO, GRPO, DAPO and others, from logits to loss, gradient and metrics",
     long_description=readme(),
     long_description_content_type="text/markdown",
+    project_urls={"Source": REPOSITORY, "Manual": f"{REPOSITORY}/blob/main/docs/index.md"} if REPOSITORY else {},
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["triton", "pytorch", "reinforcement-learning", "rlvr", "a3po", "grpo", "dapo", "llm"],
@@ -65,6 +77,7 @@ setup(
         "trl": ["trl>=1.16"],
         "examples": ["trl>=1.16", "reasoning-gym>=0.1.25", "matplotlib>=3.8"],
         "verl": ["verl==0.9.1"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"],
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15"],
     },
 )

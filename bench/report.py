@@ -1,6 +1,6 @@
 """The tables of README.md and docs/bench.md, and the figures, from the rows in bench/results/.
 
-    python -m bench.report            # rewrites the blocks of both pages and docs/images/bench_*.png
+    python -m bench.report            # rewrites the blocks of both pages, docs/images/bench_*.png and summary_*.png
     python -m bench.report --tables   # the blocks alone, without matplotlib
 
 A block lies between `<!-- data:NAME -->` and `<!-- end -->`; tests/test_bench.py fails where the rows give another.
@@ -173,6 +173,73 @@ def gpu(folders: Iterable[Path]) -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+# Lines of the README's table: the label, and the provider from logits and from hidden states.
+SUMMARY = (
+    ("**a3po_kernels**", "ours", "ours, one pass"),
+    ("**a3po_kernels**, least memory", "ours, in place", "ours, recompute"),
+    ("TRL", "TRL logits kernel", "TRL head"),
+    ("Liger, GRPO", "Liger Triton GRPO", "Liger chunked GRPO"),
+    ("Liger, scaled cross entropy", None, "Liger scaled cross entropy, fallback"),
+    ("verl, `linear_cross_entropy`", None, "verl linear_cross_entropy"),
+    ("cut-cross-entropy", None, "CCE"),
+    ("`torch.compile`", "torch.compile", "torch.compile"),
+    ("PyTorch, eager", "eager", "eager"),
+)
+
+
+def summary_columns(folder: Path, dtype: str = "bf16") -> list[tuple[str, list[dict], int]]:
+    """(title, rows of one problem, which of SUMMARY's providers) of each column of the README's table, of a GPU."""
+    columns: list[tuple[str, list[dict], int]] = []
+    for at, name, text in ((1, "logits", "from logits"), (2, "linear", "from hidden states")):
+        rows = [row for row in rows_of(name, folder) if row["dtype"] == dtype]
+        if not rows:
+            continue
+        newest = max(row["run"] for row in rows)
+        first = problems([row for row in rows if row["run"] == newest])[0]
+        for share in dict.fromkeys((1.0, 0.2) if name == "linear" else (1.0,)):
+            found = of(rows, (*first[:4], share, *first[5:]))
+            active = "" if share == 1 else f", {100 * share:.0f} % of the rollouts with an advantage"
+            if found:
+                columns.append((text + active, found, at))
+    return columns
+
+
+def summary(folders: Iterable[Path]) -> str:
+    """One table a GPU: time and peak memory of forward and backward, ours, the peers' and the limit, in bf16."""
+    parts = []
+    for folder in sorted(folders):
+        columns = summary_columns(folder)
+        if not columns:
+            continue
+        body: list[tuple[str, ...]] = []
+        notes: dict[str, list[str]] = {}
+        for line in SUMMARY:
+            cells: list[str] = []
+            for _, rows, at in columns:
+                row = next((row for row in rows if row["provider"] == line[at]), None)
+                if row is None or row["skipped"]:
+                    cells += ("–", "–")
+                else:
+                    cells += (milliseconds(row["median_ms"]), number(row["peak_mb"]) + " MB")
+                said = row and (f"not run, {row['skipped']}" if row["skipped"] else row["note"])
+                if said and not line[0].startswith("**"):
+                    notes.setdefault(line[0], []).extend(said.split("; "))
+            body.append((line[0], *cells))
+        limits = [next(row["limit_ms"] for row in rows if row["limit_ms"] is not None) for _, rows, _ in columns]
+        body.append(("the limit", *(cell for limit in limits for cell in (milliseconds(limit), ""))))
+        header = ["forward and backward", *(cell for title, _, _ in columns for cell in (title, "peak above inputs"))]
+        every = [row for _, rows, _ in columns for row in rows]
+        sizes = every[0]
+        width = next((f", H = {row['hidden']}" for row in every if row["hidden"]), "")
+        remarks = "; ".join(f"{name}: {', '.join(dict.fromkeys(texts))}" for name, texts in notes.items())
+        parts.append(
+            f"{sizes['rows']} tokens, V = {sizes['vocabulary']}{width}, {sizes['dtype']}:\n\n{markdown(header, body)}"
+            + (f"\n\n{remarks}." if remarks else "")
+            + f"\n\n{origin(every)}; later kernels: not measured."
+        )
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
 def blocks() -> dict[str, str]:
     """Name -> text of every block, from the rows that are there."""
     folders = [path for path in RESULTS.iterdir() if path.is_dir() and path.name != "cpu"]
@@ -180,12 +247,8 @@ def blocks() -> dict[str, str]:
         "logits": comparison, "linear": comparison, "memory": memory, "selection": selection, "scaling": scaling,
     }  # fmt: skip
     found = {name: make(rows) for name, make in makers.items() if (rows := rows_of(name))}
-    for name in ("logits", "linear"):
-        # A page's first look: the sizes that the others vary, dense and sparse.
-        if rows := rows_of(name):
-            first = problems(rows)[0][:4]
-            found[f"{name}-first"] = comparison([row for row in rows if problems([row])[0][:4] == first])
-    return {**found, "machine-code": machine_code(rows_of("machine_code", RESULTS)), "gpu": gpu(folders)}
+    found["machine-code"] = machine_code(rows_of("machine_code", RESULTS))
+    return {**found, "gpu": gpu(folders), "gpu-summary": summary(folders)}
 
 
 def render(text: str, made: dict[str, str]) -> str:
@@ -235,6 +298,41 @@ def draw(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_summary(folder: Path, path: Path) -> None:
+    """The README's table as bars: a column of panels for each of its columns, time above memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = summary_columns(folder)
+    figure, axes = plt.subplots(2, len(columns), figsize=(4.6 * len(columns), 6), layout="constrained", squeeze=False)
+    for column, (text, rows, at) in zip(axes.T, columns, strict=True):
+        shown = [(line[0].replace("*", "").replace("`", ""), row) for line in SUMMARY for row in rows
+                 if row["provider"] == line[at] and not row["skipped"]]  # fmt: skip
+        names = [name for name, _ in shown]
+        colours = ["C0" if name.startswith("a3po") else "0.6" for name in names]
+        for axis, key, unit in zip(column, ("median_ms", "peak_mb"), ("ms", "MB above the inputs"), strict=True):
+            values = [row[key] for _, row in shown]
+            axis.barh(range(len(shown)), values, 0.7, color=colours)
+            for place, value in enumerate(values):
+                label = milliseconds(value).removesuffix(" ms") if unit == "ms" else number(value)
+                axis.text(value, place, f" {label}", va="center", fontsize=8)
+            axis.set_yticks(range(len(shown)), names, fontsize=8)
+            axis.invert_yaxis()
+            axis.margins(x=0.2)
+            axis.set_xlabel(unit)
+        limit = next(row["limit_ms"] for row in rows if row["limit_ms"] is not None)
+        column[0].axvline(limit, color="C3", label=f"limit, {milliseconds(limit)}")
+        column[0].legend(loc="center right", fontsize=8)
+        column[0].set_title(textwrap.fill(text, 40), fontsize=10)
+    first = columns[0][1][0]
+    figure.suptitle(f"{first['device']}, {first['dtype']}: forward and backward, commit {first['commit']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="no figures")
@@ -247,6 +345,8 @@ def main() -> None:
             for name in ("logits", "linear"):
                 if rows := rows_of(name, folder):
                     draw(rows, IMAGES / f"bench_{folder.name}_{name}.png")
+            if folder.name != "cpu" and summary_columns(folder):
+                draw_summary(folder, IMAGES / f"summary_{folder.name}.png")
 
 
 if __name__ == "__main__":

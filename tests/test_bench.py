@@ -50,21 +50,44 @@ def test_rows_have_the_documented_fields(path):
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
 def test_every_number_of_a_page_is_in_the_rows(page):
-    """The blocks are what the rows give, and under "Cost" no table with a measure stands outside of one."""
+    """The blocks are what the rows give, and no table with a measure stands outside of one."""
     text = page.read_text()
     assert report.BLOCK.search(text)
     assert report.render(text, report.blocks()) == text, "run: python -m bench.report"
-    rest = report.BLOCK.sub("", text)
-    if "## Cost" in rest:
-        rest = rest[rest.index("## Cost") :].split("\n## ")[0]
-    cells = re.findall(r"^\|.*\|$", rest, re.MULTILINE)
+    cells = re.findall(r"^\|.*\|$", report.BLOCK.sub("", text), re.MULTILINE)
     assert not [cell for cell in cells if re.search(r"\d (ms|MB|%|GB/s)\b", cell)]
+
+
+def test_every_table_that_is_made_is_on_a_page():
+    on_pages = {name for page in report.PAGES for name in report.BLOCK.findall(page.read_text())}
+    assert on_pages == report.blocks().keys()
+
+
+def test_the_summary_is_of_the_rows():
+    """The README's table beside the rows themselves: times, memory and limit; a peer that did not run has none."""
+    folder = harness.RESULTS / "nvidia-h200"
+    rows = {
+        (name, row["provider"], row["active_fraction"]): row
+        for name in ("logits", "linear") for row in report.rows_of(name, folder)
+        if row["mode"] == "both" and row["dtype"] == "bf16"
+    }  # fmt: skip
+    lines = [line.split("|")[1:-1] for line in report.summary([folder]).splitlines() if line.startswith("|")]
+    table = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+    for label, *names in report.SUMMARY:
+        for at, (name, share) in enumerate((("logits", 1.0), ("linear", 1.0), ("linear", 0.2))):
+            row = rows.get((name, names[name == "linear"], share))
+            if row is None or row["skipped"]:
+                assert table[label][2 * at : 2 * at + 2] == ["–", "–"]
+                continue
+            time, memory = (float(cell.split()[0]) for cell in table[label][2 * at : 2 * at + 2])
+            assert time == pytest.approx(row["median_ms"], rel=0.05) and abs(memory - row["peak_mb"]) <= 0.5
+            assert float(table["the limit"][2 * at].split()[0]) == pytest.approx(row["limit_ms"], rel=0.05)
 
 
 def test_a_changed_number_is_found():
     text = report.PAGES[0].read_text()
     made = report.blocks()
-    number = re.search(r"\d+ ms", made["logits-first"])[0]
+    number = re.search(r"\d+ ms", made["gpu-summary"])[0]
     assert report.render(text.replace(number, "12345 ms"), made) != text.replace(number, "12345 ms")
     with pytest.raises(KeyError):
         report.render("<!-- data:nothing -->\n<!-- end -->", made)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_ci_calls_the_same_commands():
     script = ROOT / ".ci" / "run"
     called = re.findall(r"^make ([\w-]+)$", script.read_text(), re.MULTILINE)
     assert called[0] == "test"
-    assert {"test-trl", "test-verl", "test-triton36"} <= set(called) <= make_targets()
+    assert {"test-trl", "test-verl", "test-triton36", "docs"} <= set(called) <= make_targets()
     assert script.stat().st_mode & 0o111
 
 
@@ -110,11 +111,32 @@ def test_readme_names_the_test_command():
     assert named <= make_targets()
 
 
+@pytest.mark.parametrize("repository", ["", "https://host.example/owner/name"])
+def test_a_package_index_shows_the_readme(repository):
+    """Its links and images lead into the repository that a release names, and are as they stand without one."""
+    command = [sys.executable, "setup.py", "--long-description"]
+    environment = {**os.environ, "A3PO_REPOSITORY": repository}
+    text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    targets = re.findall(r"(!?)\[[^\[\]]*\]\(([^)]+)\)|\]\]\(([^)]+)\)", text)
+    images = [target for image, target, _ in targets if image]
+    links = [target or outer for image, target, outer in targets if not image]
+    assert len(images) >= 5 and len(links) >= 15
+    if not repository:
+        assert "docs/images/summary_nvidia-h200.png" in images and "docs/trainers.md" in links
+        return
+    assert all(target.startswith("https://") for target in images)
+    assert all(target.startswith(("https://", "#")) for target in links)
+    assert f"{repository}/raw/main/docs/images/summary_nvidia-h200.png" in images
+    assert f"{repository}/actions/workflows/ci.yml/badge.svg" in images
+    assert f"{repository}/blob/main/docs/trainers.md#trl" in links
+
+
 @pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
 def test_constraints_are_exact(path):
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
-    assert "torch==2.13.0" in lines
+    assert ("torch==2.13.0" in lines) == (path.stem != "constraints-docs")  # the manual is made from the sources
     names = [re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines]
     assert len(names) == len(set(names))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
-ROOT = Path(__file__).resolve().parents[2]
 # Two trainers take the same few fp32 steps: losses below 1, gradient norms below 10, a hundred roundings each.
 LOSS, GRADIENT = 3e-6, 3e-5
 DATA = Dataset.from_dict({"prompt": [f"{i}+{i + 1}=" for i in range(32)]})
@@ -281,23 +278,6 @@ def test_every_preset_trains_off_policy(name, folders, tmp_path):
     assert row["grad_norm"] > 0 and 0 < row["active_fraction"] <= 1
     start = parameters(trainer(A3POTrainer, A3POConfig, folders / "llama", tmp_path))
     assert not torch.equal(parameters(made), start)
-
-
-@pytest.mark.parametrize("sign", ["-", "+"])
-def test_the_two_lines_of_the_readme(sign, folders, tmp_path, monkeypatch):
-    """The README's diff, before and after, with its defaults."""
-    blocks = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (diff,) = [block for block in blocks if "GRPOTrainer" in block]
-    lines = diff.splitlines()
-    assert sum(line.startswith("+") for line in lines) == sum(line.startswith("-") for line in lines) == 2
-    program = "\n".join(line[1:] for line in lines if line.startswith((sign, " ")))
-    monkeypatch.chdir(tmp_path)
-    # TRL's defaults are those of a GPU; a machine without one must be told.
-    program = program.replace("max_completion_length=64", "max_completion_length=64, use_cpu=True, max_steps=2")
-    names = {"model": str(folders / "llama"), "dataset": DATA.select(range(2))}
-    exec(program, names)
-    assert type(names["trainer"]).__name__ == ("GRPOTrainer" if sign == "-" else "A3POTrainer")
-    assert names["trainer"].state.global_step > 0
 
 
 def test_metrics(folders, tmp_path):
