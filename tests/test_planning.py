@@ -222,7 +222,8 @@ def test_which_link_a_group_uses():
     step = replace(SMALL, cp=2, dp=2, objective=presets["a3po"](), reduce_metrics=True)
     machine = Machine(gpus_per_node=4, node_latency=1, network_latency=100, node_bandwidth=1e12, network_bandwidth=1e12)
     for line in estimate_step(step, machine).collectives:
-        expected = (100 if line.traffic.group in ("dp", "data") else 1) * (2 if line.traffic.kind == "all_reduce" else 1)
+        # One step over two ranks, two over the four of cp and dp.
+        expected = {"dp": 100, "data": 200}.get(line.traffic.group, 1) * (2 if line.traffic.kind == "all_reduce" else 1)
         assert line.seconds == pytest.approx(line.traffic.count * expected, rel=1e-6)
     whole = estimate_step(step, machine)
     # The four ranks of a replica beside one GPU.
