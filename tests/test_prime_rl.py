@@ -12,10 +12,14 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from batches import INTERPRETED
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from a3po_kernels.integrations import prime_rl
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="ops of the linear head, tested there")
 B, S, H, V = 2, 5, 8, 30
@@ -111,6 +115,29 @@ def test_the_swapped_head_gives_what_the_fused_one_gave(tied, softcap):
     changed["temperature"][1, 2] *= 2
     rows = (model(**changed)["logprobs"] != found[0]).nonzero()
     assert rows.tolist() == [[1, 2]]
+
+
+def sharded_gradients() -> list:
+    """By FSDP2 as prime-rl wraps a model: the swapped head a group of its own, and the rest; whole gradients."""
+    torch.manual_seed(0)
+    model = Model()
+    prime_rl.swapping(inject)(model, chunk_size=4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard([model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    logprobs, _, _ = gradients(model)
+    return [logprobs, *(p.grad.full_tensor() for p in model.parameters())]
+
+
+def test_the_swapped_head_under_fsdp():
+    """Every rank has the same batch, so that the mean of their gradients is one process's."""
+    torch.manual_seed(0)
+    model = Model()
+    inject(model, 4)
+    logprobs, _, grads = gradients(model)
+    for found in on_ranks(2, sharded_gradients):
+        for mine, right in zip(found, [logprobs.float(), *grads], strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
 
 
 def test_the_injection_swaps_fused_heads_alone():
