@@ -112,8 +112,9 @@ mutate: env  ## MUTANTS small errors planted in the source, one at a time: which
 
 BENCH = PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m
 bench: .venv-trl/.stamp  ## time, memory and machine code beside the peers, on the CPU; then the tables and figures: 10 minutes
-	@for script in bench_logits bench_linear bench_memory bench_selection scaling bench_collectives machine_code report scaling_page; do \
-		echo "== $$script"; $(BENCH) bench.$$script || exit 1; done
+	@for script in bench_logits bench_linear bench_memory bench_selection scaling bench_collectives machine_code; do \
+		echo "== $$script"; $(BENCH) bench.$$script --save || exit 1; done
+	@for script in report scaling_page; do echo "== $$script"; $(BENCH) bench.$$script || exit 1; done
 
 demo: .venv-trl/.stamp  ## train a small model by RLVR with A3POTrainer, in .venv-trl; OBJECTIVE=dapo and friends
 	PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m examples.demo --objective $(OBJECTIVE) $(DEMO_ARGS)

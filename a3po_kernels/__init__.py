@@ -57,7 +57,7 @@ from .ops.token_logprobs import TokenStats, token_logprobs
 from .planning import estimate_memory
 from .schedules import Constant, CosineDecay, ExponentialDecay, LinearDecay
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cispo",

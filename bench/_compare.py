@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from bench import harness, providers
+from bench import harness, providers, verdict
 from bench.harness import Problem
 
 
@@ -80,5 +80,6 @@ def compare(problems: list[Problem], args: argparse.Namespace, repeats: int, pat
         found = harness.make_rows(problem, listed, times, providers.BASELINE, known, device, skipped, peaks)
         print(f"\n{problem}, {harness.device_name(device)}")
         harness.print_rows(found)
+        print(verdict.of_times(found, {p.name for p in listed if p.dapo}, known))
         rows += found
-        harness.write(rows, path, quiet=True)
+        harness.write(rows, path, quiet=position + 1 < len(problems))

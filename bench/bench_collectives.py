@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm.auto import tqdm
 
-from bench import harness
+from bench import harness, options
 
 RANKS = (1, 2, 4)
 ROUNDS = 5
@@ -100,11 +100,10 @@ def fit(sizes: Iterable[float], milliseconds: Iterable[float]) -> tuple[float, f
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__)
-    args = parser.parse_args()
+    parser = options.arguments(__doc__)
+    args = options.parse(parser)
     if args.device.type != "cpu":
         parser.error("gloo on a CPU: --device cpu")
-    args.folder = args.folder or harness.results_folder(args.device)
     path = args.folder / "collectives.jsonl"
     rows = harness.read(path) if path.exists() else []
     run = 1 + max((row["run"] for row in rows), default=0)

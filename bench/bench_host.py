@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import harness, providers
+from bench import harness, options, providers
 from bench._compare import failures
 from bench.harness import Problem
 
@@ -123,7 +123,7 @@ def measure(problem: Problem, names: tuple[str, ...], device: torch.device, repe
 
 
 def main() -> None:
-    args = harness.start(harness.arguments(__doc__).parse_args())
+    args = options.parse(options.arguments(__doc__))
     rows = []
     for problem, names in problems(args.device, args.quick):
         found = measure(problem, names, args.device, args.repeats or (5 if args.device.type == "cpu" else 30))

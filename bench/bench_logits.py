@@ -1,15 +1,16 @@
 """The logits path beside plain PyTorch, torch.compile and the peers: time forward and backward, and peak memory.
 
-    python -m bench.bench_logits [--quick]
+    python -m bench.bench_logits [--quick] [--save]
+    python -m bench.bench_logits --rows 8192 --vocab 151936 --dtype bf16 --active 0.5
 
-Writes bench/results/<device>/logits.jsonl.
+Writes logits.jsonl (bench/options.py says where), and says who is fastest and how far from the limit.
 """
 
 from __future__ import annotations
 
 import torch
 
-from bench import harness
+from bench import options
 from bench._compare import compare
 from bench.harness import Problem
 
@@ -30,9 +31,12 @@ def problems(device: torch.device, quick: bool) -> list[Problem]:
 
 
 def main() -> None:
-    args = harness.start(harness.arguments(__doc__).parse_args())
+    parser = options.arguments(__doc__)
+    options.add_shape(parser, hidden=False)
+    args = options.parse(parser)
     repeats = args.repeats or (3 if args.quick else 5 if args.device.type == "cpu" else 20)
-    compare(problems(args.device, args.quick), args, repeats, args.folder / "logits.jsonl")
+    listed = options.chosen(parser, args, problems(args.device, args.quick))
+    compare(listed, args, repeats, args.folder / "logits.jsonl")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import a3po_kernels
-from bench import harness
+from bench import harness, options
 from bench.harness import Problem, Provider
 
 RATIO = 0.2
@@ -67,7 +67,7 @@ def inputs(rollouts: int, length: int, device: torch.device) -> dict[str, Tensor
 
 
 def main() -> None:
-    args = harness.start(harness.arguments(__doc__).parse_args())
+    args = options.parse(options.arguments(__doc__))
     repeats = args.repeats or (5 if args.quick else 30)
     sizes = [(16, 512)] if args.quick else [(64, 1024), (64, 8192), (512, 1024), (8, 32768)]
     known = harness.ceilings(args.device, (), args.quick)

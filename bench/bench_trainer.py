@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, 
 from trl import GRPOConfig, GRPOTrainer
 
 from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
-from bench import harness
+from bench import harness, options
 
 PACKAGES = ("trl", "transformers", "accelerate", "datasets")
 WARM, STEPS = 1, 3
@@ -168,15 +168,15 @@ def difference(theirs, ours, weights: dict, dtype: torch.dtype) -> dict:
 
 
 def main() -> None:
-    args = harness.start(harness.arguments(__doc__).parse_args())
+    args = options.parse(options.arguments(__doc__))
     device = args.device
     sizes, dtype = (TINY, torch.float32) if device.type == "cpu" else (FULL, torch.bfloat16)
     weights = copy.deepcopy(make_model(sizes, device, dtype).state_dict())
     where = {**harness.environment(device, PACKAGES), "sizes": sizes, "dtype": harness.dtype_name(dtype)}
     rows, kept = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for name, kind, configuration, options in RUNS:
-            made = train(kind, configuration, options, sizes, device, dtype, folder)
+        for name, kind, configuration, fields in RUNS:
+            made = train(kind, configuration, fields, sizes, device, dtype, folder)
             logged = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
             rows.append({
                 "trainer": name, **where, "step_ms": made.step_ms[WARM:], "loss_ms": made.loss_ms[WARM:],

@@ -6,7 +6,6 @@ the providers interleaved, so their ratios may be compared where the machine is 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.metadata
 import json
@@ -367,25 +366,6 @@ def print_rows(rows: list[dict], modes: Iterable[str] = ("both",)) -> None:
         share = "-" if row["percent_of_limit"] is None else f"{row['percent_of_limit']:.0f}"
         peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         print(f"{row['provider']:36}{row['mode']:>9}{row['median_ms']:11.2f}{ratio:>26}{share:>12}{peak:>9}")
-
-
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--quick", action="store_true", help="one small problem, few repeats")
-    parser.add_argument("--repeats", type=int, help="measured calls")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch, on a CPU")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing is begun")
-    parser.add_argument("--folder", type=Path, help="where the rows go; default bench/results/<device>")
-    return parser
-
-
-def start(args: argparse.Namespace) -> argparse.Namespace:
-    if args.device.type == "cpu":
-        torch.set_num_threads(args.threads)
-    args.folder = args.folder or results_folder(args.device)
-    return args
 
 
 def in_a_process(call: Callable, *values):

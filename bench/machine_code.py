@@ -9,7 +9,8 @@ there can be, and a kernel whose bandwidth times the memory's latency asks for m
 Spills are told apart: a value that waits on the stack while the loops run is read once, one that is stored or read
 in a hot loop is paid for with every trip.
 
-    python -m bench.machine_code [--quick] [target ...]    # writes bench/results/machine_code.jsonl for all targets
+    python -m bench.machine_code [--quick | target ...]
+    python -m bench.machine_code --save    # all targets, to bench/results/machine_code.jsonl
 """
 
 from __future__ import annotations
@@ -326,8 +327,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
     parser.add_argument("--quick", action="store_true", help="sm_90 alone")
+    parser.add_argument("--save", action="store_true", help="all targets, over the committed rows")
     args = parser.parse_args()
     targets = ["sm_90"] if args.quick else args.targets
+    if args.save and targets:
+        parser.error("--save keeps every target: name none, and no --quick")
     if unknown := set(targets) - set(TARGETS):
         parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
 
@@ -347,7 +351,7 @@ def main() -> None:
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if not targets:
+    if args.save:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in found))
 

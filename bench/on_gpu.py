@@ -4,11 +4,13 @@
     python -m bench.on_gpu --dry-run        # the same walk on a CPU, at tiny sizes
     python -m bench.on_gpu --quick --check  # fails below a floor of FLOORS, or where a check or a test failed
 
-Writes on_gpu.json (stage -> status, seconds, result) and the rows of the benchmarks to bench/results/<device>/.
+Writes on_gpu.json (stage -> status, seconds, result) and the rows of the benchmarks to bench/results/<device>/, as
+other benchmarks do with --save, or to --folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from bench import harness
+from bench import harness, options
 from bench._gpu_stages import STAGES, Context
 from bench.harness import ROOT
 
@@ -81,14 +83,19 @@ def run(context: Context, names: list[str]) -> None:
         (context.folder / "on_gpu.json").write_text(json.dumps(context.done, indent=1) + "\n")
 
 
-def main() -> int:
-    parser = harness.arguments(__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = options.arguments(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny sizes")
     parser.add_argument("--check", action="store_true", help="exit 1 below a floor or where a stage failed")
-    parser.set_defaults(limit=570)
+    parser.set_defaults(limit=570, save=True)  # the record of a machine that is rarely at hand
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
+    return parser
+
+
+def main() -> int:
+    parser = make_parser()
     args = parser.parse_args()
     if args.dry_run:
         args.device = torch.device("cpu")
@@ -96,7 +103,7 @@ def main() -> int:
         parser.error("needs a CUDA GPU; --dry-run walks the stages without one")
     if args.dry_run and args.folder is None:
         args.folder = ROOT / "build" / "on_gpu"  # its times mean nothing
-    harness.start(args)
+    options.settle(args)
     context = Context(args, args.device, args.folder.resolve(), time.monotonic() + args.limit, {})
     names = args.stages if "environment" in args.stages else ["environment", *args.stages]
     run(context, names)

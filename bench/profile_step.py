@@ -1,6 +1,7 @@
 """One step of a provider under torch.profiler: a table by stage and by operation, and a trace for a viewer.
 
     python -m bench.profile_step [--provider "linear:ours, one pass"] [--quick]
+    python -m bench.profile_step --rows 8192 --vocab 151936 --hidden 2048 --dtype bf16 --active 0.5
     python -m bench.profile_step --list
 
 Writes build/profile/<provider>.json (a Chrome trace: chrome://tracing, Perfetto). Times are each operation's own,
@@ -15,7 +16,7 @@ from collections import defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import bench_linear, bench_logits, harness, providers
+from bench import bench_linear, bench_logits, harness, options, providers, verdict
 from bench.harness import ROOT, Problem
 
 GEMM = re.compile(r"aten::(add|badd)?b?mm|gemm|cutlass|nvjet|xmma", re.IGNORECASE)
@@ -72,11 +73,12 @@ def own_times(found, problem: Problem, device: torch.device) -> tuple[dict[str, 
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__)
+    parser = options.arguments(__doc__, rows=False)
+    options.add_shape(parser, hidden=True)
     parser.add_argument("--provider", default="linear:ours, one pass", help="operation:name")
     parser.add_argument("--list", action="store_true", help="the providers' names")
     parser.add_argument("--top", type=int, default=12, help="operations to show")
-    args = harness.start(parser.parse_args())
+    args = options.parse(parser)
     if args.list:
         print("\n".join(f"{operation}:{p.name}" for operation, table in
                         (("logits", providers.LOGITS), ("linear", providers.LINEAR)) for p in table))  # fmt: skip
@@ -87,8 +89,13 @@ def main() -> None:
         parser.error(f"no provider {args.provider!r}; --list shows them")
     if reason := provider.missing(args.device):
         parser.error(f"{provider.name}: {reason}")
-    script = bench_logits if args.provider.startswith("logits") else bench_linear
-    problem = script.problems(args.device, args.quick)[0]
+    logits = args.provider.startswith("logits")
+    if logits and args.hidden is not None:
+        parser.error("argument --hidden: the logits path has none")
+    script = bench_logits if logits else bench_linear
+    problem = options.chosen(parser, args, script.problems(args.device, args.quick)[:1])[0]
+    if not provider.only(problem):
+        parser.error(f"{provider.name} does not take {problem}")
     found = measure(provider, problem, args.device)
     stages, operations = own_times(found, problem, args.device)
     total = sum(stages.values())
@@ -99,6 +106,9 @@ def main() -> None:
     print(f"\n{'operation':60}{'ms':>10}{'calls':>7}  stage")
     for (name, where), (value, calls) in sorted(operations.items(), key=lambda item: -item[1][0])[: args.top]:
         print(f"{name[:58]:60}{value:10.2f}{calls:7d}  {where}")
+    known = harness.ceilings(args.device, {problem.dtype}, quick=True)
+    limit = harness.limit_ms(*harness.limit(problem, "both"), problem, known)
+    print("\n" + verdict.of_stages(stages, limit))
     path = ROOT / "build" / "profile" / (re.sub(r"\W+", "-", args.provider) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(path))

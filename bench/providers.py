@@ -18,6 +18,7 @@ from bench.harness import Problem, Provider
 from bench.peers import dapo_loss
 
 ROLLOUTS = 10  # the GPU sizes are multiples of 10 and of 64: quack wants N a multiple of 8
+MOST_ROLLOUTS = 16  # of rows that ROLLOUTS does not divide
 
 
 def _formula(log_p: Tensor, targets: Tensor, advantages: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,32 +198,40 @@ def table(problem: Problem) -> list[Provider]:
     return [p for p in {"logits": LOGITS, "linear": LINEAR}[problem.operation] if p.only(problem)]
 
 
+def rollouts(rows: int) -> int:
+    """How many rollouts of equal length so many rows are."""
+    if rows % ROLLOUTS == 0:
+        return ROLLOUTS
+    return next(n for n in range(MOST_ROLLOUTS, 0, -1) if rows % n == 0)
+
+
 def inputs(problem: Problem, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """Random logits (or hidden states and weight), old log-probs near the present ones, advantages of both signs.
 
-    ROLLOUTS rollouts of equal length; a share active_fraction of them has an advantage.
+    Rollouts of equal length; a share active_fraction of them, the first ones, has an advantage.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    rollouts, length = ROLLOUTS, problem.rows // ROLLOUTS
+    count = rollouts(problem.rows)
+    length = problem.rows // count
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    targets = torch.randint(0, problem.vocabulary, (rollouts, length), generator=generator, device=device)
+    targets = torch.randint(0, problem.vocabulary, (count, length), generator=generator, device=device)
     if problem.operation == "logits":
-        batch = {"logits": normal(rollouts, length, problem.vocabulary).mul_(2).to(problem.dtype)}
+        batch = {"logits": normal(count, length, problem.vocabulary).mul_(2).to(problem.dtype)}
         current = a3po_kernels.token_logprobs(batch["logits"], targets).logprobs
     else:
         scale = 2 / problem.hidden**0.5
         batch = {
-            "hidden": normal(rollouts, length, problem.hidden).to(problem.dtype),
+            "hidden": normal(count, length, problem.hidden).to(problem.dtype),
             "weight": normal(problem.vocabulary, problem.hidden).mul_(scale).to(problem.dtype),
         }
         current = a3po_kernels.linear_token_logprobs(batch["hidden"], batch["weight"], targets).logprobs
-    advantages = torch.where(torch.arange(rollouts, device=device) % 2 == 0, 1.0, -1.0)
-    active = torch.arange(rollouts, device=device) < round(problem.active_fraction * rollouts)
+    advantages = torch.where(torch.arange(count, device=device) % 2 == 0, 1.0, -1.0)
+    active = torch.arange(count, device=device) < round(problem.active_fraction * count)
     return {
-        **batch, "targets": targets, "advantages": advantages * active, "old": current + 0.1 * normal(rollouts, length),
+        **batch, "targets": targets, "advantages": advantages * active, "old": current + 0.1 * normal(count, length),
     }  # fmt: skip
 
 

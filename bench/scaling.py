@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from tqdm.auto import tqdm
 
-from bench import harness, providers
+from bench import harness, options, providers
 from bench._compare import step
 from bench.harness import Problem
 
@@ -50,7 +50,7 @@ def fit(sizes: list[int], times: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    args = harness.start(harness.arguments(__doc__).parse_args())
+    args = options.parse(options.arguments(__doc__))
     repeats = args.repeats or (3 if args.quick else 5)
     rows = []
     for base, axis, sizes in tqdm(sweeps(args.device, args.quick), desc="scaling"):

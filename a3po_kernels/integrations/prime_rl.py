@@ -1,0 +1,111 @@
+"""prime-rl 0.8: its fused head (src/prime_rl/trainer/models/layers/lm_head.py, lm_head_gemma.py) by our linear head.
+
+Read at commit 559b44772e471d1538537b8805cc77f3824a5e64: inject_prime_lm_head puts a FusedOutputLinear in model.lm_head,
+for a softcap a GemmaFusedOutputLinear, and a model.forward that calls it with labels and a temperature a token. Before
+its trainer builds the model:
+
+    from prime_rl.trainer import model
+    model.inject_prime_lm_head = swapping(model.inject_prime_lm_head)
+
+Nothing of prime-rl is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..core.checks import is_dtensor
+from ..ops.linear_token_logprobs import linear_token_logprobs
+
+__all__ = ["OutputLinear", "swap_head", "swapping"]
+
+
+class OutputLinear(nn.Linear):
+    """A head without a bias that gives log-probs and entropy in the logits' place.
+
+    Args:
+        in_features, out_features: H and V. softcap: cap of the logits, before the temperature; None: none.
+        max_chunk_bytes: as in linear_token_logprobs, in the place of prime-rl's chunk_size.
+        device, dtype: of the weight.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, softcap: float | None = None, max_chunk_bytes: int | None = None,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.softcap, self.max_chunk_bytes = softcap, max_chunk_bytes
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """prime-rl's PrimeLmOutput, with log-probs and entropy.
+
+        Args:
+            hidden_states: [B, S, H]. labels: [B, S], int64: position i is scored for labels[i]; -100 gives 0 and no
+                gradient. temperature: [B, S], positive: what the logits of a position are divided by.
+
+        Returns:
+            {"logprobs", "entropy"}: [B, S], fp32, nats, of the tempered distribution; both differentiable (prime-rl's
+            own entropy is not).
+
+        Raises:
+            ValueError: without labels or temperature, or of another shape. IndexError: a label outside the vocabulary,
+                on the CPU; on a GPU its log-prob is NaN.
+        """
+        for name, value in (("labels", labels), ("temperature", temperature)):
+            if value is None or value.shape != hidden_states.shape[:-1]:
+                got = "None" if value is None else list(value.shape)
+                raise ValueError(f"{name} must have shape {list(hidden_states.shape[:-1])}, one a position; got {got}")
+        assert labels is not None and temperature is not None
+        stats = linear_token_logprobs(
+            hidden_states, self.weight, labels, temperature=temperature, softcap=self.softcap,
+            max_chunk_bytes=self.max_chunk_bytes,
+        )  # fmt: skip
+        return {"logprobs": stats.logprobs, "entropy": stats.entropy}
+
+
+def swap_head(model: nn.Module, max_chunk_bytes: int | None = None) -> OutputLinear:
+    """Puts an OutputLinear in the place of the fused head that inject_prime_lm_head gave a model; returns it.
+
+    It has the same weight, tied or not, and the softcap. Before FSDP wraps the model.
+
+    Raises:
+        ValueError: model.lm_head is no fused head of prime-rl, has a bias, hooks or a weight that is sharded already.
+    """
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Linear) or not hasattr(head, "chunk_size"):
+        raise ValueError(
+            "model.lm_head must be a fused head of prime-rl, which inject_prime_lm_head(model, chunk_size=...) puts "
+            f"there; got {type(head).__name__}"
+        )
+    if head.bias is not None:
+        raise ValueError("model.lm_head must have no bias, as prime-rl's heads; it has one")
+    if is_dtensor(head.weight) or head._forward_pre_hooks or head._forward_hooks:
+        raise ValueError(
+            "model.lm_head has hooks or a sharded weight, which another module would not have: swap it before FSDP "
+            "wraps the model"
+        )
+    ours = OutputLinear(
+        head.in_features, head.out_features, getattr(head, "softcap", None), max_chunk_bytes, device="meta"
+    )
+    ours.weight = head.weight
+    model.lm_head = ours.train(head.training)
+    return ours
+
+
+def swapping(inject: Callable[..., None], max_chunk_bytes: int | None = None) -> Callable[..., None]:
+    """prime-rl's inject_prime_lm_head with our head in the place of its fused one.
+
+    With chunk_size=None (the configuration's fused_lm_head_token_chunk_size is off) prime-rl asks for logits: its own
+    head stays.
+    """
+
+    def inject_prime_lm_head(model: nn.Module, chunk_size: int | None = None) -> None:
+        inject(model, chunk_size=chunk_size)
+        if isinstance(chunk_size, int):
+            swap_head(model, max_chunk_bytes)
+
+    return inject_prime_lm_head

@@ -1,0 +1,202 @@
+"""integrations.prime_rl: its head's contract against the formula, and the swap in a model as prime-rl builds it.
+
+The stand-ins have the signatures that prime-rl published at the commit that the module names; where prime-rl is
+installed its own classes are run beside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from batches import INTERPRETED
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from a3po_kernels.integrations import prime_rl
+from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="ops of the linear head, tested there")
+B, S, H, V = 2, 5, 8, 30
+REAL = "prime_rl.trainer.models.layers.lm_head"
+
+
+class FusedOutputLinear(nn.Linear):
+    """prime-rl's constructor and forward; softcap is GemmaFusedOutputLinear's."""
+
+    def __init__(self, in_features: int, out_features: int, chunk_size: int, softcap: float | None = None):
+        super().__init__(in_features, out_features, bias=False)
+        self.chunk_size = chunk_size
+        if softcap is not None:
+            self.softcap = softcap
+
+    def forward(self, hidden_states, labels=None, temperature=None):
+        logprobs, entropy = formula(hidden_states, self.weight, labels, temperature, getattr(self, "softcap", None))
+        return {"logprobs": logprobs, "entropy": entropy}
+
+
+def formula(hidden, weight, labels, temperature, softcap):
+    logits = hidden.double() @ weight.double().t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = torch.log_softmax(logits / temperature.double().unsqueeze(-1), -1)
+    return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+class Model(nn.Module):
+    """A causal LM as prime-rl asks for one: model.model gives last_hidden_state, model.lm_head is linear."""
+
+    def __init__(self, tied: bool = False):
+        super().__init__()
+        self.model = nn.Embedding(V, H)
+        self.lm_head = nn.Linear(H, V, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.weight
+
+
+def inject(model, chunk_size=None, softcap=None):
+    """What inject_prime_lm_head does: another lm_head of the same weight, and a forward that calls it so."""
+    weight = model.lm_head.weight
+    model.lm_head = nn.Linear(H, V, bias=False) if chunk_size is None else FusedOutputLinear(H, V, chunk_size, softcap)
+    model.lm_head.weight = weight
+
+    def forward(self, input_ids, labels=None, temperature=None):
+        hidden = self.model(input_ids)
+        if chunk_size is None:
+            return {"logits": self.lm_head(hidden)}
+        return self.lm_head(hidden[:, slice(None), :], labels, temperature=temperature)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(4)
+    return {
+        "input_ids": torch.randint(0, V, (B, S), generator=g), "labels": torch.randint(0, V, (B, S), generator=g),
+        "temperature": 0.5 + torch.rand(B, S, generator=g),
+    }  # fmt: skip
+
+
+def gradients(model) -> tuple:
+    """Log-probs, entropy, and the weights' gradients of a sum with a factor a token."""
+    model.zero_grad()
+    out = model(**batch())
+    factors = torch.randn(B, S, generator=torch.Generator().manual_seed(5))
+    (out["logprobs"] * factors).sum().backward()
+    return out["logprobs"].detach(), out["entropy"].detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_swapped_head_gives_what_the_fused_one_gave(tied, softcap):
+    """A temperature a token, a softcap before it, the gradients of hidden states and weight."""
+    torch.manual_seed(0)
+    model = Model(tied)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    inject(model, 4, softcap)
+    weight, expected = model.lm_head.weight, gradients(model)
+    head = prime_rl.swap_head(model)
+    assert model.lm_head is head and head.weight is weight and head.softcap == softcap
+    found = gradients(model)
+    torch.testing.assert_close(found[0], expected[0].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1].float(), rtol=1e-5, atol=1e-6)
+    assert len(found[2]) == len(expected[2]) == 2 - tied
+    for mine, theirs in zip(found[2], expected[2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    # Each position's own temperature counts: another one changes it alone.
+    changed = batch()
+    changed["temperature"][1, 2] *= 2
+    rows = (model(**changed)["logprobs"] != found[0]).nonzero()
+    assert rows.tolist() == [[1, 2]]
+
+
+def sharded_gradients() -> list:
+    """By FSDP2 as prime-rl wraps a model: the swapped head a group of its own, and the rest; whole gradients."""
+    torch.manual_seed(0)
+    model = Model()
+    prime_rl.swapping(inject)(model, chunk_size=4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard([model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    logprobs, _, _ = gradients(model)
+    return [logprobs, *(p.grad.full_tensor() for p in model.parameters())]
+
+
+def test_the_swapped_head_under_fsdp():
+    """Every rank has the same batch, so that the mean of their gradients is one process's."""
+    torch.manual_seed(0)
+    model = Model()
+    inject(model, 4)
+    logprobs, _, grads = gradients(model)
+    for found in on_ranks(2, sharded_gradients):
+        for mine, right in zip(found, [logprobs.float(), *grads], strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+def test_the_injection_swaps_fused_heads_alone():
+    model = Model()
+    injected = prime_rl.swapping(inject, max_chunk_bytes=4096)
+    injected(model, chunk_size=3)
+    assert type(model.lm_head) is prime_rl.OutputLinear and model.lm_head.max_chunk_bytes == 4096
+    plain = Model()
+    injected(plain, chunk_size=None)
+    assert type(plain.lm_head) is nn.Linear and "logits" in plain(**batch())
+
+
+def test_the_contract_is_the_published_one():
+    theirs, ours = (inspect.signature(kind.forward) for kind in (FusedOutputLinear, prime_rl.OutputLinear))
+    assert list(theirs.parameters) == list(ours.parameters)
+    assert [p.default for p in theirs.parameters.values()] == [p.default for p in ours.parameters.values()]
+
+
+def test_what_cannot_be_right_is_refused():
+    head = prime_rl.OutputLinear(H, V)
+    hidden, labels, temperature = torch.zeros(B, S, H), torch.zeros(B, S, dtype=torch.long), torch.ones(B, S)
+    for given, message in (
+        ({"temperature": temperature}, r"labels must have shape \[2, 5\].*got None"),
+        ({"labels": labels}, r"temperature must have shape \[2, 5\].*got None"),
+        ({"labels": labels, "temperature": torch.ones(B)}, r"temperature must have shape \[2, 5\].*got \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head(hidden, **given)
+    with pytest.raises(ValueError, match=r"fused head of prime-rl.*got Linear"):
+        prime_rl.swap_head(Model())
+    model = Model()
+    inject(model, 4)
+    model.lm_head.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="before FSDP"):
+        prime_rl.swap_head(model)
+    model.lm_head = FusedOutputLinear(H, V, 4)
+    model.lm_head.bias = nn.Parameter(torch.zeros(V))
+    with pytest.raises(ValueError, match="no bias"):
+        prime_rl.swap_head(model)
+
+
+def test_beside_prime_rls_own():
+    """Where it is installed: the same signature, and the same numbers in fp32."""
+    real = pytest.importorskip(REAL)
+    gemma = importlib.import_module(REAL + "_gemma")
+    hidden = torch.randn(B, S, H, generator=torch.Generator().manual_seed(6))
+    given = {name: value for name, value in batch().items() if name != "input_ids"}
+    for softcap, kind in ((None, real.FusedOutputLinear), (1.5, gemma.GemmaFusedOutputLinear)):
+        assert list(inspect.signature(kind.forward).parameters) == [
+            "self", "hidden_states", "labels", "temperature",
+        ]  # fmt: skip
+        theirs = kind(in_features=H, out_features=V, chunk_size=3, **({} if softcap is None else {"softcap": softcap}))
+        found = []
+        holder = Model()
+        holder.lm_head = theirs
+        for head in (theirs, prime_rl.swap_head(holder)):
+            leaf = hidden.clone().requires_grad_()
+            out = head(leaf, **given)
+            grads = torch.autograd.grad(out["logprobs"].square().sum(), [leaf, theirs.weight])
+            found.append((out["logprobs"], out["entropy"], *grads))
+        for mine, right in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
