@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Sequence
@@ -72,6 +73,33 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
     """Raises TypeError for a tensor of integers or bools."""
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not (low < value <= high if above else low <= value <= high) or not -math.inf < value < math.inf:
+        bracket = "(" if above else "["
+        raise ValueError(f"{name} must be finite and lie in {bracket}{low}, {high}]; got {value}")
+
+
+def check_word(name: str, value: object, known: Sequence[str]) -> None:
+    """Raises ValueError unless value is one of the known words."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def as_tuple(name: str, value: Any, takes: tuple[type, ...]) -> tuple:
+    """A sequence of the classes as a tuple; raises TypeError for one alone, or another class."""
+    names = " and ".join(kind.__name__ for kind in takes)
+    if not isinstance(value, (tuple, list)):
+        hint = f": write ({type(value).__name__}(...),)" if isinstance(value, takes) else ""
+        raise TypeError(f"{name} must be a tuple of {names}; got {type(value).__name__}{hint}")
+    for part in value:
+        if not isinstance(part, takes):
+            raise TypeError(f"{name} takes {names}; got {type(part).__name__}")
+    return tuple(value)
 
 
 def check_positive(name: str, value: object) -> None:

@@ -6,17 +6,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..named_objectives import CLIP_OVERRIDES, OVERRIDES, presets
+from ..named_objectives import CLIP_OVERRIDES, OVERRIDES, find_preset, presets
 from ..objectives import Clip, Objective
 
 
 def preset_keywords(name: str) -> set[str]:
     """The keywords that a preset takes; raises ValueError for an unknown name."""
-    if name not in presets:
-        raise ValueError(f"objective must be an Objective or one of {', '.join(presets)}; got {name!r}")
-    parameters = inspect.signature(presets[name]).parameters.values()
+    preset = find_preset(name)
+    parameters = inspect.signature(preset).parameters.values()
     own = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    clips = isinstance(presets[name]().surrogate, Clip)
+    clips = isinstance(preset().surrogate, Clip)
     return own | OVERRIDES | (CLIP_OVERRIDES if clips else set())
 
 

@@ -77,7 +77,7 @@ def _run(model: nn.Module, batch: Mapping[str, Any], length: int, compute) -> tu
 
 
 def plan_rows_from_batch(
-    batch: Mapping[str, Any], objective: Objective, *, device: torch.device | str | None = None
+    batch: Mapping[str, Any], objective: Objective | str, *, device: torch.device | str | None = None
 ) -> RowPlan:
     """plan_rows of a batch, for policy_loss_from_model(..., plan=): its rows are those of completion_mask [B, T].
 
@@ -106,7 +106,7 @@ def plan_rows_from_batch(
 def policy_loss_from_model(
     model: nn.Module,
     batch: Mapping[str, Any],
-    objective: Objective,
+    objective: Objective | str,
     *,
     plan: RowPlan | None = None,
     aux_loss_coef: float | None = None,
@@ -125,7 +125,7 @@ def policy_loss_from_model(
             columns of input_ids are tokens of the response; advantages [B] or [B, T]; and, where the objective wants
             them, old_logprobs, ref_logprobs, old_entropy, min_p_logprobs [B, T], polarity and importance_weights
             [B] or [B, T]. Every other entry goes to the model as it is.
-        objective: from a preset (a3po(), dapo(), ...) or composed.
+        objective: from a preset (a3po(), dapo(), ...) or composed; or a preset's name.
         plan: plan_rows_from_batch's of this batch, with which the head waits for nothing on a GPU; without one it waits
             once, for how many rows may have a gradient.
         aux_loss_coef: of a mixture-of-experts' load-balancing loss, which is added where the model gives one (pass

@@ -217,11 +217,6 @@ def check_polarity(polarity: Tensor) -> None:
         raise TypeError("polarity takes +1 (correct), -1 (incorrect) and 0; got torch.bool: give 2 * correct.int() - 1")
 
 
-def check_objective(objective: object) -> None:
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
-
-
 def reads_old_entropy(objective: Objective) -> bool:
     """Whether a rule selects by the behaviour policy's entropy."""
     rules = (rule for rule in objective.shaping if isinstance(rule, TokenRule))
