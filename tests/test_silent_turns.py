@@ -119,3 +119,125 @@ def test_a_surrogate_without_a_code_word_is_not_reinforce(monkeypatch):
 
 def test_ratio_weights_of_a_preset_and_given_ones():
     assert ak.topr(ratio_weights=[ak.OffPolicyMask(0.1)]).ratio_weights == (ak.Topr(), ak.OffPolicyMask(0.1))
+
+
+# -- values that cannot be --------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A schedule that gives what it was made of."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, step):
+        return self.value
+
+    def __repr__(self):
+        return "Fixed()"
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (None, "it gave None"), (float("nan"), "it gave nan at step 7"), (-1.0, "it gave -1.0 at step 7"),
+        (float("inf"), "it gave inf"), ("2", "it gave str"), (True, "it gave bool"),
+        (torch.tensor(-0.5), "it gave -0.5 at step 7"), (torch.tensor(float("nan")), "it gave nan"),
+        (torch.ones(2), r"it gave a tensor of shape \[2\] on cpu"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_gives_no_weight(call, value, got):
+    rules = {
+        r"shaping\[1\].selected_scale": (ak.PolarityWeights(), ak.TokenRule(selected_scale=Fixed(value))),
+        r"shaping\[0\].negative": (ak.PolarityWeights(negative=Fixed(value)),),
+    }
+    for name, shaping in rules.items():
+        with pytest.raises((TypeError, ValueError), match=rf"^{name} = Fixed\(\) must give a number or 0-d .*; {got}"):
+            call(objective=ak.Objective(shaping=shaping), old_logprobs=OLD, step=7)
+
+
+def test_a_schedule_is_called_once_a_loss():
+    """Also where the one pass shapes each chunk anew."""
+    calls = []
+    objective = ak.a3po(schedule=lambda step: calls.append(step) or 2.0, source="current", polarity="positive")
+    on_hidden(objective=objective, step=4, max_chunk_bytes=3 * V * 4)
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0)], ids=["int", "float", "tensor"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_denominator_of_0_with_tokens(call, zero):
+    with pytest.raises(ValueError, match=r"denominator must be positive where .* tokens: .*; got 0 with 5 tokens"):
+        call(denominator=zero, mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert call(denominator=zero, mask=torch.zeros(B, T)).loss == 0
+    # What global_denominator gives where no token is kept.
+    nothing = ak.global_denominator("psr", MASK, -torch.ones(B))
+    assert nothing == 0 and call(objective="psr", advantages=-torch.ones(B), denominator=nothing).loss == 0
+    with pytest.raises(ValueError, match="got 0 with 3 tokens"):
+        call(objective="psr", denominator=zero)
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs", "min_p_logprobs", "logprobs"])
+def test_probabilities_are_not_log_probs(name):
+    probabilities = OLD.exp()
+    message = rf"^{name} must be log-probs in nats, at most 0 .*; got 0\.\d+: probabilities need \.log\(\)"
+    calls = [on_logprobs] if name == "logprobs" else CALLS.values()
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call(**{name: probabilities})
+        rounded = OLD.clone()
+        rounded[0, 0] = 0.05  # of log-probs in bf16
+        call(**{name: rounded})
+        rounded[0, 0] = 3.0
+        call(**{name: rounded}, mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))  # no token there
+        if call is not on_logprobs:
+            ignored = TARGETS.clone()
+            ignored[0, 0] = -100
+            call(**{name: rounded}, targets=ignored)
+
+
+def test_probabilities_in_a_rollout_correction():
+    for given in ((OLD.exp(), OLD), (OLD, -OLD)):
+        with pytest.raises(ValueError, match=r"logprobs_(trainer|rollout) must be log-probs in nats"):
+            ak.rollout_correction(*given)
+    ak.rollout_correction(OLD.exp(), OLD, torch.zeros(B, T))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.tensor([[0.0, 0.0, float("-inf")]] * B), "got -inf: an additive mask .*; give mask == 0"),
+        (torch.full((B, T), torch.finfo(torch.float32).min), "an additive mask"),
+        (torch.tensor([[-100.0, 5.0, 3.0]] * B), "got -100.0: these look like labels; give labels != -100"),
+        (torch.tensor([[-100, 5, 3]] * B), "these look like labels"),
+        (torch.full((B, T), 0.5), r"got 0\.5$"),
+    ],
+)
+def test_masks_of_other_kinds(mask, message):
+    for call in CALLS.values():
+        with pytest.raises(ValueError, match=rf"^mask must be bool or hold 0 and 1; .*{message}"):
+            call(mask=mask)
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: on_logits(OLD), r"logits must have a dimension V .*; got \[2, 3\] for both: .* logprob_policy_loss"),
+        (lambda: ak.token_logprobs(OLD, TARGETS), r"logits must have a dimension V behind the 2 of targets"),
+        (lambda: on_logits(torch.randn(B, T + 1, V)), r"shape \[2, 4\]; got \[2, 3\], one .*: give logits\[:, :-1\]$"),
+        (lambda: on_hidden(torch.randn(B, T + 1, H)), r"row i of the hidden predicts .*: give hidden\[:, :-1\]$"),
+        (
+            lambda: on_logits(LOGITS.view(-1, V), TARGETS.view(-1)[:5], cu_seqlens=torch.tensor([0, 2, 5])),
+            r"targets must have shape \[6\]; got \[5\], one less: .*: give logits without each rollout's last row$",
+        ),
+        (lambda: on_logits(torch.randn(B, T + 2, V)), r"targets must have shape \[2, 5\]; got \[2, 3\]$"),
+        (lambda: on_logits(advantages=None), "advantages must be a tensor; got NoneType"),
+    ],
+)
+def test_shapes(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

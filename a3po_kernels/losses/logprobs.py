@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
-from ..core.checks import check_floating, check_tensor, compute_dtype
+from ..core.checks import check_floating, check_logprobs, check_tensor, compute_dtype
 from ..core.layout import token_layout
 from ..named_objectives import as_objective
 from ..objectives import Objective
@@ -77,6 +77,8 @@ def logprob_policy_loss(
         denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
     )  # fmt: skip
     dtype = compute_dtype(logprobs.dtype)
+    layout.check_mask(mask, validate)
+    check_logprobs("logprobs", logprobs, None if mask is None else mask != 0, validate)
     batch = TokenBatch.read(layout, objective, given, dtype, backend, validate=validate)
     current = current_rules(objective, batch)
     if entropy is None and (objective.entropy_coef or any(rule.metric == "entropy" for rule in current)):

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
-from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform, is_dtensor, same_shape
+from ..core.checks import (
+    INDEX_DTYPES,
+    LOGIT_DTYPES,
+    check_targets_shape,
+    check_tensor,
+    check_transform,
+    is_dtensor,
+    same_shape,
+)
 from ..core.operators import runs_plainly
 from ..parallel.dtensor import read_head_dtensors, wait_for
 from ..parallel.vocabulary import Split, gather_hidden, read_split
@@ -95,6 +103,7 @@ def check_head_rows(
 ) -> None:  # fmt: skip
     """All that can be wrong with the other arguments of a linear head, short of their values."""
     device = head.hidden.device
+    check_targets_shape("hidden", targets, shape)
     check_tensor("targets", targets, shape, INDEX_DTYPES, device)
     check_transform(temperature, softcap, logit_scale, shape, device)
     check_backend(backend, device)
