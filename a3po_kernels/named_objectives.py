@@ -281,6 +281,9 @@ def clip_cov(ratio: float = 0.0002, low: float = 1.0, high: float = 5.0, seed: i
     verl draw them by an unseeded generator; here a hash of rollout, position, step and `seed` decides, so that the same
     inputs give the same bits.
     """
+    for name, bound in (("low", low), ("high", high)):
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise TypeError(f"{name} must be a number; got {type(bound).__name__}")
     surrogate = _clipped(0.2, 0.2, options)
     rule = TokenRule(
         metric=CovarianceCandidates(low, high, seed, surrogate), source="current", side="high", ratio=ratio,

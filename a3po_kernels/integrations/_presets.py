@@ -31,4 +31,15 @@ def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str,
         if key not in takes:
             names = ", ".join(sorted(spelled.get(option, option) for option in takes))
             raise ValueError(f"{spelled.get(key, key)} means nothing to the objective {name!r}, which takes {names}")
-    return presets[name](**given)
+    try:
+        return presets[name](**given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_respelled(str(error), given, spelled)) from error
+
+
+def _respelled(message: str, given: Mapping[str, Any], spelled: Mapping[str, str]) -> str:
+    """A preset's message about one of its keywords, by what the configuration calls it."""
+    for key in given:
+        if message.startswith(f"{key} must "):
+            return spelled.get(key, key) + message.removeprefix(key)
+    return message
