@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from .core.checks import as_tuple, check_number, check_word
 from .objectives import (
     POLICY_METRICS,
+    RATIO_WEIGHTS,
     Cispo,
     Clip,
     Dppo,
@@ -38,9 +42,17 @@ def _common(aggregation: str, options: dict, **fields) -> Objective:
     if unknown:
         takes = ", ".join(sorted(OVERRIDES | (CLIP_OVERRIDES if isinstance(fields["surrogate"], Clip) else set())))
         raise TypeError(f"unexpected keyword {unknown[0]!r}; besides its own, this preset takes {takes}")
-    given = options.pop("ratio_weights", ())
-    weights = (*fields.pop("ratio_weights", ()), *given)
-    return Objective(**{"aggregation": aggregation, "ratio_weights": weights, **fields, **options})
+    if "ratio_weights" in fields and "ratio_weights" in options:
+        given = as_tuple("ratio_weights", options.pop("ratio_weights"), RATIO_WEIGHTS)
+        fields["ratio_weights"] = (*fields["ratio_weights"], *given)
+    return Objective(**{"aggregation": aggregation, **fields, **options})
+
+
+def _check_weights(**weights: float | Schedule) -> None:
+    """Raises, by the caller's name, for a weight that is neither a schedule nor a number of at least 0."""
+    for name, value in weights.items():
+        if not callable(value):
+            check_number(name, value, 0.0)
 
 
 def _clipped(low: float, high: float, options: dict) -> Clip:
@@ -88,6 +100,7 @@ def nsr(**options) -> Objective:
 
 def w_reinforce(positive_weight: float = 0.1, negative_weight: float = 1.0, **options) -> Objective:
     """W-REINFORCE (arXiv 2506.01347): positive rollouts weighed by lambda = 0.1, negative ones by 1."""
+    _check_weights(positive_weight=positive_weight, negative_weight=negative_weight)
     surrogate = _clipped(0.2, 0.2, options)
     shaping = (PolarityWeights(positive_weight, negative_weight),)
     return _common("token-mean", options, surrogate=surrogate, shaping=shaping)
@@ -137,14 +150,16 @@ def a3po(
     """
     if polarity not in ("both", "positive", "negative"):
         raise ValueError(f"polarity must be 'both', 'positive' or 'negative'; got {polarity!r}")
+    check_number("rho", rho, 0.0)
+    check_number("alpha", alpha, 0.0)
+    _check_weights(positive_weight=positive_weight, negative_weight=negative_weight)
     beta = LinearDecay(rho, alpha) if schedule is None else schedule
     shaping: list[PolarityWeights | TokenRule] = []
     if (positive_weight, negative_weight) != (1.0, 1.0):
         shaping.append(PolarityWeights(positive_weight, negative_weight))
     for sign, name, given in ((1, "positive", positive_metric), (-1, "negative", negative_metric)):
         chosen = metric if given is None else given
-        if chosen not in POLICY_METRICS:
-            raise ValueError(f"metric must be one of {', '.join(POLICY_METRICS)}; got {chosen!r}")
+        check_word("metric" if given is None else f"{name}_metric", chosen, POLICY_METRICS)
         if polarity in ("both", name):
             side = "low" if (sign > 0) == (chosen == "probability") else "high"
             shaping.append(TokenRule(sign, chosen, source, side, ratio, beta))
@@ -266,6 +281,9 @@ def clip_cov(ratio: float = 0.0002, low: float = 1.0, high: float = 5.0, seed: i
     verl draw them by an unseeded generator; here a hash of rollout, position, step and `seed` decides, so that the same
     inputs give the same bits.
     """
+    for name, bound in (("low", low), ("high", high)):
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise TypeError(f"{name} must be a number; got {type(bound).__name__}")
     surrogate = _clipped(0.2, 0.2, options)
     rule = TokenRule(
         metric=CovarianceCandidates(low, high, seed, surrogate), source="current", side="high", ratio=ratio,
@@ -281,3 +299,29 @@ presets: dict[str, Callable[..., Objective]] = {
         nsr, psr, sapo, topr, vespo, w_reinforce,
     )
 }  # fmt: skip
+
+
+def find_preset(name: Any) -> Callable[..., Objective]:
+    """The preset of a name; raises ValueError with all of them, and the nearest, for an unknown one."""
+    if isinstance(name, str) and name in presets:
+        return presets[name]
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), presets, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"objective must be an Objective or one of {', '.join(presets)}; got {name!r}{hint}")
+
+
+def as_objective(objective: Any) -> Objective:
+    """An Objective as it is, and a preset with its defaults by its name: what every `objective` argument takes.
+
+    `presets` is the registry: a function put there under a name is found by it. Raises ValueError for an unknown name,
+    TypeError for anything else.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, str):
+        return find_preset(objective)()
+    name = getattr(objective, "__name__", None)
+    hint = f"; call it: {name}()" if callable(objective) and presets.get(str(name)) is objective else ""
+    raise TypeError(
+        f"objective must be an Objective, such as a3po(), or a preset's name; got {type(objective).__name__}{hint}"
+    )

@@ -7,25 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Union
 
-from .core.checks import check_selection
+from .core.checks import as_tuple, check_number, check_selection, check_word
 from .schedules import Schedule
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3-ratio")
-
-
-def _check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not (low < value <= high if above else low <= value <= high) or not -math.inf < value < math.inf:
-        bracket = "(" if above else "["
-        raise ValueError(f"{name} must be finite and lie in {bracket}{low}, {high}]; got {value}")
-
-
-def _check_word(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +29,7 @@ class PolarityWeights:
     def __post_init__(self):
         for name in ("positive", "negative", "zero"):
             if not callable(getattr(self, name)):
-                _check_number(name, getattr(self, name), 0.0)
+                check_number(name, getattr(self, name), 0.0)
 
     @property
     def scheduled(self) -> bool:
@@ -64,12 +50,12 @@ class Clip:
     delta: float | None = None
 
     def __post_init__(self):
-        _check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
-        _check_number("epsilon_high", self.epsilon_high, 0.0)
+        check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
+        check_number("epsilon_high", self.epsilon_high, 0.0)
         if self.dual_clip is not None:
-            _check_number("dual_clip", self.dual_clip, 1.0, above=True)
+            check_number("dual_clip", self.dual_clip, 1.0, above=True)
         if self.delta is not None:
-            _check_number("delta", self.delta, 0.0, above=True)
+            check_number("delta", self.delta, 0.0, above=True)
 
 
 @dataclass(frozen=True)
@@ -83,9 +69,9 @@ class Cispo:
     epsilon_low: float | None = None
 
     def __post_init__(self):
-        _check_number("epsilon_high", self.epsilon_high, 0.0, above=True)
+        check_number("epsilon_high", self.epsilon_high, 0.0, above=True)
         if self.epsilon_low is not None:
-            _check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
+            check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -96,8 +82,8 @@ class Sapo:
     tau_negative: float = 1.05
 
     def __post_init__(self):
-        _check_number("tau_positive", self.tau_positive, 0.0, above=True)
-        _check_number("tau_negative", self.tau_negative, 0.0, above=True)
+        check_number("tau_positive", self.tau_positive, 0.0, above=True)
+        check_number("tau_negative", self.tau_negative, 0.0, above=True)
 
 
 @dataclass(frozen=True)
@@ -121,11 +107,11 @@ class Dppo:
     ratio_cap: float | None = None
 
     def __post_init__(self):
-        _check_word("divergence", self.divergence, ("tv", "kl"))
-        _check_number("delta_low", self.delta_low, 0.0)
-        _check_number("delta_high", self.delta_high, 0.0)
+        check_word("divergence", self.divergence, ("tv", "kl"))
+        check_number("delta_low", self.delta_low, 0.0)
+        check_number("delta_high", self.delta_high, 0.0)
         if self.ratio_cap is not None:
-            _check_number("ratio_cap", self.ratio_cap, 0.0, above=True)
+            check_number("ratio_cap", self.ratio_cap, 0.0, above=True)
 
 
 @dataclass(frozen=True)
@@ -140,8 +126,8 @@ class Gmpo:
     epsilon_high: float = 0.4
 
     def __post_init__(self):
-        _check_number("epsilon_low", self.epsilon_low, 0.0)
-        _check_number("epsilon_high", self.epsilon_high, 0.0)
+        check_number("epsilon_low", self.epsilon_low, 0.0)
+        check_number("epsilon_high", self.epsilon_high, 0.0)
 
 
 @dataclass(frozen=True)
@@ -151,7 +137,7 @@ class Ratio:
     penalty: float = 0.0
 
     def __post_init__(self):
-        _check_number("penalty", self.penalty, 0.0)
+        check_number("penalty", self.penalty, 0.0)
 
 
 @dataclass(frozen=True)
@@ -181,12 +167,24 @@ class CustomSurrogate:
     def __post_init__(self):
         if not callable(self.loss):
             raise TypeError(f"loss must be a function of a batch's tokens; got {type(self.loss).__name__}")
-        _check_word("depends_on", self.depends_on, ("token", "rollout", "batch"))
+        check_word("depends_on", self.depends_on, ("token", "rollout", "batch"))
 
 
 Surrogate = Union[Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate]
 SURROGATES = (Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate)
 POLICY_METRICS = ("probability", "entropy")
+
+
+def _check_surrogate(name: str, value: object, takes: tuple[type, ...]) -> None:
+    """Raises TypeError for a subclass too: the kernels know the classes' own formulas, and would train those."""
+    if type(value) in takes or isinstance(value, CustomSurrogate):
+        return
+    names = ", ".join(kind.__name__ for kind in takes)
+    hint = "a formula of your own is a CustomSurrogate"
+    got = type(value).__name__
+    if isinstance(value, type):
+        got, hint = f"the class {value.__name__}", "call it"
+    raise TypeError(f"{name} must be one of {names}; got {got}: {hint}")
 
 
 @dataclass(frozen=True)
@@ -224,20 +222,22 @@ class TokenRule:
             raise ValueError(f"polarity must be 1, -1 or None; got {self.polarity!r}")
         if not callable(self.metric) and not isinstance(self.metric, str):
             raise TypeError(f"metric must be a name or a function; got {type(self.metric).__name__}")
-        _check_word("source", self.source, ("old", "current"))
+        check_word("source", self.source, ("old", "current"))
         check_selection(self.ratio, self.side, self.scope, self.rounding)
         if not callable(self.selected_scale):
-            _check_number("selected_scale", self.selected_scale, 0.0)
-        _check_number("rest_scale", self.rest_scale, 0.0)
+            check_number("selected_scale", self.selected_scale, 0.0)
+        check_number("rest_scale", self.rest_scale, 0.0)
         if self.threshold is not None:
-            _check_number("threshold", self.threshold, -math.inf)
+            check_number("threshold", self.threshold, -math.inf)
         if self.quantile is not None:
-            _check_number("quantile", self.quantile, 0.0, 1.0)
+            check_number("quantile", self.quantile, 0.0, 1.0)
             if self.scope != "batch":
                 raise ValueError(f"quantile is taken over the batch: scope must be 'batch'; got {self.scope!r}")
         other = self.replacement
-        if other is not None and (not isinstance(other, SURROGATES) or isinstance(other, Gmpo)):
-            raise TypeError(f"replacement must be a surrogate of one token; got {type(other).__name__}")
+        if isinstance(other, Gmpo):
+            raise TypeError("replacement must be a surrogate of one token; got Gmpo")
+        if other is not None:
+            _check_surrogate("replacement", other, tuple(kind for kind in SURROGATES if kind is not Gmpo))
         if isinstance(other, CustomSurrogate) and other.depends_on != "token":
             raise ValueError(f"replacement must be a surrogate of one token; got depends_on = {other.depends_on!r}")
 
@@ -262,7 +262,7 @@ class OffPolicyMask:
     threshold: float
 
     def __post_init__(self):
-        _check_number("threshold", self.threshold, 0.0)
+        check_number("threshold", self.threshold, 0.0)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class Vespo:
 
     def __post_init__(self):
         for name in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
-            _check_number(name, getattr(self, name), 0.0)
+            check_number(name, getattr(self, name), 0.0)
 
 
 @dataclass(frozen=True)
@@ -295,12 +295,13 @@ class Topr:
     high: float = 1.0
 
     def __post_init__(self):
-        _check_word("level", self.level, ("sequence", "geometric", "token"))
-        _check_number("low", self.low, 0.0)
-        _check_number("high", self.high, self.low)
+        check_word("level", self.level, ("sequence", "geometric", "token"))
+        check_number("low", self.low, 0.0)
+        check_number("high", self.high, self.low)
 
 
 RatioWeight = Union[OffPolicyMask, Vespo, Topr]
+RATIO_WEIGHTS = (OffPolicyMask, Vespo, Topr)
 
 
 @dataclass(frozen=True)
@@ -317,9 +318,9 @@ class MinPRegularizer:
     beta: float = 1.0
 
     def __post_init__(self):
-        _check_number("quantile", self.quantile, 0.0, 1.0, above=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0, above=True)
-        _check_number("beta", self.beta, 0.0)
+        check_number("quantile", self.quantile, 0.0, 1.0, above=True)
+        check_number("min_p", self.min_p, 0.0, 1.0, above=True)
+        check_number("beta", self.beta, 0.0)
 
 
 @dataclass(frozen=True)
@@ -357,18 +358,11 @@ class Objective:
     normalize_over: str = "all"
 
     def __post_init__(self):
-        object.__setattr__(self, "shaping", tuple(self.shaping))
-        for rule in self.shaping:
-            if not isinstance(rule, (PolarityWeights, TokenRule)):
-                raise TypeError(f"shaping takes PolarityWeights and TokenRule; got {type(rule).__name__}")
-        if not isinstance(self.surrogate, SURROGATES):
-            takes = ", ".join(kind.__name__ for kind in SURROGATES)
-            raise TypeError(f"surrogate must be one of {takes}; got {type(self.surrogate).__name__}")
-        object.__setattr__(self, "ratio_weights", tuple(self.ratio_weights))
-        for weight in self.ratio_weights:
-            if not isinstance(weight, (OffPolicyMask, Vespo, Topr)):
-                raise TypeError(f"ratio_weights takes OffPolicyMask, Vespo and Topr; got {type(weight).__name__}")
-        _check_word("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
+        object.__setattr__(self, "shaping", as_tuple("shaping", self.shaping, (PolarityWeights, TokenRule)))
+        _check_surrogate("surrogate", self.surrogate, SURROGATES)
+        weights = as_tuple("ratio_weights", self.ratio_weights, RATIO_WEIGHTS)
+        object.__setattr__(self, "ratio_weights", weights)
+        check_word("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
         if isinstance(self.surrogate, Gmpo) and self.ratio_level != "sequence":
             raise ValueError(f"Gmpo is of the rollout: ratio_level must be 'sequence'; got {self.ratio_level!r}")
         replaces = any(isinstance(rule, TokenRule) and rule.replacement is not None for rule in self.shaping)
@@ -379,19 +373,19 @@ class Objective:
         others = [rule.replacement for rule in self.shaping if isinstance(rule, TokenRule)]
         if self.ratio_level != "token" and any(isinstance(x, Dppo) for x in (self.surrogate, *others)):
             raise ValueError(f"Dppo is of the token: ratio_level must be 'token'; got {self.ratio_level!r}")
-        _check_number("log_ratio_coef", self.log_ratio_coef, 0.0)
+        check_number("log_ratio_coef", self.log_ratio_coef, 0.0)
         if self.ratio_level != "token" and any(isinstance(x, CustomSurrogate) for x in (self.surrogate, *others)):
             raise ValueError("ratio_level 'sequence' is t.rollout_mean(t.log_ratio) in a CustomSurrogate's function")
         if self.low_probability is not None and isinstance(self.surrogate, CustomSurrogate):
             raise ValueError("low_probability replaces the loss of some tokens, which a CustomSurrogate writes itself")
-        _check_number("kl_coef", self.kl_coef, 0.0)
-        _check_word("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_number("kl_coef", self.kl_coef, 0.0)
+        check_word("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if self.kl_clamp is not None:
-            _check_number("kl_clamp", self.kl_clamp, 0.0, above=True)
+            check_number("kl_clamp", self.kl_clamp, 0.0, above=True)
         if self.kl_estimator == "k3-ratio" and self.ratio_level != "token":
             raise ValueError(f"kl_estimator 'k3-ratio' needs ratio_level 'token'; got {self.ratio_level!r}")
-        _check_number("entropy_coef", self.entropy_coef, -math.inf)
+        check_number("entropy_coef", self.entropy_coef, -math.inf)
         if self.low_probability is not None and not isinstance(self.low_probability, MinPRegularizer):
             raise TypeError(f"low_probability must be a MinPRegularizer; got {type(self.low_probability).__name__}")
-        _check_word("aggregation", self.aggregation, AGGREGATIONS)
-        _check_word("normalize_over", self.normalize_over, ("all", "selected"))
+        check_word("aggregation", self.aggregation, AGGREGATIONS)
+        check_word("normalize_over", self.normalize_over, ("all", "selected"))

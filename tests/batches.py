@@ -69,16 +69,25 @@ def random_batch(
     current = torch.log_softmax(logits.double(), -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     tokens = mask & ~ignored
     keywords = {
-        "old_logprobs": current + 0.3 * normal(rollouts, length),
-        "ref_logprobs": current + 0.2 * normal(rollouts, length),
+        "old_logprobs": (current + 0.3 * normal(rollouts, length)).clamp(max=0.0),
+        "ref_logprobs": (current + 0.2 * normal(rollouts, length)).clamp(max=0.0),
         "old_entropy": normal(rollouts, length).abs(),
-        "min_p_logprobs": current + 0.5 * normal(rollouts, length),
+        "min_p_logprobs": (current + 0.5 * normal(rollouts, length)).clamp(max=0.0),
         "importance_weights": 0.5 + torch.rand(rollouts, length, generator=generator).double(),
     }
     keywords = {name: value.masked_fill(~tokens, torch.nan).to(device) for name, value in keywords.items()}
     logits = logits.masked_fill(~tokens.unsqueeze(-1), torch.nan)
     keywords["mask"] = mask.to(device)
     return RandomBatch(logits.to(device), targets.to(device), advantages.to(device), keywords, lengths)
+
+
+def unlikely(batch: RandomBatch, nats: float) -> RandomBatch:
+    """The batch, its targets and all its log-probs that much less likely: room above them for extreme ratios."""
+    rows = batch.targets.clamp(min=0).unsqueeze(-1)
+    batch.logits.scatter_add_(-1, rows, torch.full_like(rows, -nats, dtype=batch.logits.dtype))
+    for name in batch.keywords.keys() & {"old_logprobs", "ref_logprobs", "min_p_logprobs"}:
+        batch.keywords[name] -= nats
+    return batch
 
 
 def preset(name: str, **overrides):

@@ -65,7 +65,7 @@ def test_the_good_input_is_good():
         (lambda: loss(targets=TARGETS.float()), TypeError, "targets"),
         (lambda: loss(targets=TARGETS + 1), IndexError, r"\[0, 5\).*got 5"),
         (lambda: loss(targets=TARGETS - 1), IndexError, "got -1"),
-        (lambda: loss(objective="a3po"), TypeError, "objective"),
+        (lambda: loss(objective="a3p"), ValueError, "objective must be .*; got 'a3p'; did you mean 'a3po'"),
         (lambda: loss(mask=torch.ones(2, 4)), ValueError, "mask"),
         (lambda: loss(old_logprobs=torch.ones(2)), ValueError, "old_logprobs"),
         (lambda: loss(old_logprobs=TARGETS), TypeError, "old_logprobs"),
@@ -187,7 +187,8 @@ def test_bad_inputs(call, error, words):
         (lambda: a3po_kernels.TokenRule(scope="world"), ValueError),
         (lambda: a3po_kernels.LinearDecay(start=float("nan")), ValueError),
         (lambda: a3po_kernels.CosineDecay(steps=0), ValueError),
-        (lambda: a3po_kernels.PolicyLoss("a3po"), TypeError),
+        (lambda: a3po_kernels.PolicyLoss("a3p"), ValueError),
+        (lambda: a3po_kernels.PolicyLoss(None), TypeError),
     ],
 )
 def test_bad_objectives(make, error):

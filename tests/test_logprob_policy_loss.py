@@ -85,5 +85,5 @@ def test_mistakes_are_named():
         ak.logprob_policy_loss(logp, objective=ak.dapo(), entropy=logp[:2], **keywords)
     with pytest.raises(ValueError, match=r"logprobs must have shape \[B, T\]"):
         ak.logprob_policy_loss(logp[0], objective=ak.dapo(), **keywords)
-    with pytest.raises(TypeError, match="objective"):
-        ak.logprob_policy_loss(logp, objective="dapo", **keywords)
+    with pytest.raises(ValueError, match=r"objective.*got 'dopa'"):
+        ak.logprob_policy_loss(logp, objective="dopa", **keywords)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import INTERPRETED, NEW_PRESETS, assert_outputs, preset, random_batch, run
+from batches import INTERPRETED, NEW_PRESETS, assert_outputs, preset, random_batch, run, unlikely
 from test_linear_policy_loss import linear_batch, run_ours, run_reference
 
 import a3po_kernels as ak
@@ -127,7 +127,7 @@ def test_extreme_ratios(name, number, weighted, backend, device):
     """Log ratios of +-30 and -50: finite, and held where the formula holds them; the squared one is not."""
     if INTERPRETED and (weighted or name not in ("dppo", "gmpo", "gspo_token")):
         pytest.skip("the interpreter is slow")
-    batch = make_batch(name, "padded" if weighted else "unweighted", device)
+    batch = unlikely(make_batch(name, "padded" if weighted else "unweighted", device), 40.0)
     batch.keywords["old_logprobs"][:, ::2] += 30.0
     batch.keywords["old_logprobs"][:, 1::4] -= 60.0
     batch.keywords["old_logprobs"][1] -= 50.0
@@ -140,7 +140,7 @@ def test_vespo_holds_each_log_ratio(backend, device):
     """At +-20 by token, before the sum: 30 and -25 cancel, where 5 would end the rollout's weight."""
     if INTERPRETED:
         pytest.skip("the interpreter is slow")
-    batch = make_batch("vespo", "unweighted", device)
+    batch = unlikely(make_batch("vespo", "unweighted", device), 40.0)
     first, second = (~batch.logits[0].isnan().any(-1)).nonzero().flatten()[:2]
     batch.keywords["old_logprobs"][0, first] -= 30.0
     batch.keywords["old_logprobs"][0, second] += 25.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import DTYPES, INTERPRETED, PRESETS, keywords_for, largest_error, preset, random_batch, run
+from batches import DTYPES, INTERPRETED, PRESETS, keywords_for, largest_error, preset, random_batch, run, unlikely
 
 import a3po_kernels
 import reference
@@ -97,7 +97,7 @@ def test_overrides(name, overrides, backend, device):
 @pytest.mark.parametrize("name", ["dapo", "gspo", "sapo", "cispo", "lp_reg"])
 def test_extreme_ratios(name, backend, device):
     """Log ratios beyond the clamp of 20 have no gradient; Lp-Reg's penalty is clamped at 10, and has none there."""
-    batch = random_batch(37, dtype=torch.float64, device=device)
+    batch = unlikely(random_batch(37, dtype=torch.float64, device=device), 40.0)
     batch.keywords["old_logprobs"][:, ::2] += 30.0
     batch.keywords["old_logprobs"][1] -= 50.0
     batch.keywords["min_p_logprobs"] += 4.0
@@ -110,7 +110,7 @@ def test_extreme_ratios(name, backend, device):
 
 def test_k3_overflows_and_a_clamp_holds_it(backend, device):
     """Of log ratios of 100 to the reference fp32 makes an infinite k3; kl_clamp bounds it, and counts the tokens."""
-    batch = random_batch(5, dtype=torch.float32, device=device)
+    batch = unlikely(random_batch(5, dtype=torch.float32, device=device), 110.0)
     batch.keywords["ref_logprobs"] = batch.keywords["old_logprobs"].float()
     batch.keywords["ref_logprobs"][0, ::2] += 100.0
     keywords = {"old_logprobs": None, "min_p_logprobs": None, "backend": backend}
@@ -320,7 +320,7 @@ def test_broken_row_is_not_hidden(backend, device):
     del batch.keywords["min_p_logprobs"]
     batch.keywords["mask"][0, 0], batch.targets[0, 0] = True, 1
     for key in ("old_logprobs", "ref_logprobs", "importance_weights", "old_entropy"):
-        batch.keywords[key][0, 0] = 0.5
+        batch.keywords[key][0, 0] = -0.5 if "logprobs" in key else 0.5
     batch.logits[0, 0] = torch.nan
     output, _ = run(a3po_kernels, batch, a3po_kernels.dapo(), backend=backend)
     assert output.loss.isnan()

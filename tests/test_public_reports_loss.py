@@ -181,8 +181,10 @@ def test_a_log_ratio_that_no_exponential_holds(estimator, backend, device):
     """OpenRLHF/OpenRLHF#1335, verl-project/verl#891, PrimeIntellect-ai/prime-rl#1329: clamped after exp the value was
     finite and the gradient 0 * inf; the count of clamped tokens took in masked ones."""
     logits, targets, _, old = batch(dtype=torch.float32, device=device)
+    logits[0, 1, targets[0, 1]] -= 300.0
+    old[0, 1] -= 300.0
     reference_logp = old.clone()
-    reference_logp[0, 1], reference_logp[1, 4], reference_logp[1, 0] = 300.0, -1e6, 500.0
+    reference_logp[0, 1], reference_logp[1, 4], reference_logp[1, 0] = -0.5, -1e6, 500.0
     mask = torch.ones_like(targets)
     mask[1, 0] = 0
 

@@ -24,12 +24,18 @@ def batch(seed=0, rollouts=6, length=9, scale=0.4, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     trainer = -3 * torch.rand(rollouts, length, generator=generator, dtype=torch.float64)
     rollout = trainer + scale * torch.randn(rollouts, length, generator=generator, dtype=torch.float64)
+    trainer, rollout = (x - rollout.clamp(min=0.0) for x in (trainer, rollout))
     lengths = torch.randint(1, length + 1, (rollouts,), generator=generator)
     lengths[0], lengths[1] = length, 0
     mask = (torch.arange(length) < lengths[:, None]) & (torch.rand(rollouts, length, generator=generator) > 0.15)
     mask[2] = False
     trainer, rollout = trainer.masked_fill(~mask, math.nan), rollout.masked_fill(~mask, math.nan)
     return trainer.to(dtype), rollout.to(dtype), mask, lengths.tolist()
+
+
+def logprobs_of(x):
+    """(trainer, rollout), log-probs whose difference is exactly x."""
+    return x.clamp(max=0.0), -x.clamp(min=0.0)
 
 
 def pack(values, lengths):
@@ -59,8 +65,7 @@ def choice(level, mode, estimator, low, high):
 
 def test_by_hand():
     """Ratios 1/2, 2, 4 and 1/8, 1: products 4 and 1/8, geometric means 4^(1/3) and 8^(-1/2)."""
-    rollout = torch.zeros(2, 3, dtype=torch.float64)
-    trainer = torch.tensor([[0.5, 2.0, 4.0], [0.125, 1.0, 7.0]]).double().log()
+    trainer, rollout = logprobs_of(torch.tensor([[0.5, 2.0, 4.0], [0.125, 1.0, 7.0]]).double().log())
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
 
     def weights(**options):
@@ -109,8 +114,8 @@ def test_by_hand():
 
 def test_estimators_by_hand():
     """Log-ratios 1, -2 and 3, 0: k2 is 1/2, 2 and 9/2, 0; k3 is e - 2, e^-2 + 1 and e^3 - 4, 0. Inclusive bounds."""
-    trainer = torch.tensor([[1.0, -2.0], [3.0, 0.0]], dtype=torch.float64)
-    rollout, e = torch.zeros_like(trainer), math.e
+    x, e = torch.tensor([[1.0, -2.0], [3.0, 0.0]], dtype=torch.float64), math.e
+    trainer, rollout = logprobs_of(x)
     k2, k3 = [[0.5, 2.0], [4.5, 0.0]], [[e - 2, e**-2 + 1], [e**3 - 4, 0.0]]
     for estimator, each in (("k2", k2), ("k3", k3)):
         for level, unit in (
@@ -123,7 +128,7 @@ def test_estimators_by_hand():
                 )
                 keep = [[value <= high for value in row] for row in unit]
                 assert found.keep.tolist() == keep, (estimator, level, high)
-                ratio = {"sequence": trainer.sum(1, True), "geometric": trainer.mean(1, True)}.get(level, trainer)
+                ratio = {"sequence": x.sum(1, True), "geometric": x.mean(1, True)}.get(level, x)
                 expected = ratio.exp().expand(2, 2) * torch.tensor(keep)
                 assert torch.allclose(found.weights, expected, rtol=1e-14, atol=0)
                 flat = [value for row in unit for value in row]
@@ -252,8 +257,7 @@ def test_infinite_log_probs():
 
 def test_in_a_loss():
     """weights and keep as the losses take them: icepop leaves the divisor, mask shrinks it."""
-    trainer = torch.tensor([[0.5, 1.0, 8.0]], dtype=torch.float64).log()
-    rollout = torch.zeros(1, 3, dtype=torch.float64)
+    trainer, rollout = logprobs_of(torch.tensor([[0.5, 1.0, 8.0]], dtype=torch.float64).log())
     mask = torch.ones(1, 3, dtype=torch.int64)
     for mode, expected in (("truncate", -(0.5 + 1 + 2) / 3), ("icepop", -1.5 / 3), ("mask", -1.5 / 2)):
         found = rollout_correction(trainer, rollout, mask, mode=mode)

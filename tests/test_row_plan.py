@@ -154,7 +154,8 @@ def test_chunks_of_whole_rollouts_hold_the_last(backend, device):
     batch, hidden, weight = linear_inputs(6, device)
     batch.keywords = keywords_for("gspo", batch.keywords)
     batch.keywords["mask"] = torch.ones_like(batch.keywords["mask"])
-    batch.keywords.update({name: x.nan_to_num(0.5) for name, x in batch.keywords.items() if x.is_floating_point()})
+    filled = {name: x.nan_to_num(0.5) for name, x in batch.keywords.items() if x.is_floating_point()}
+    batch.keywords.update({name: -x.abs() if "logprobs" in name else x for name, x in filled.items()})
     objective = a3po_kernels.gspo(entropy_coef=0.1)
     _, expected = run(batch, hidden, weight, objective, backend, route="recompute")
     options = {"compaction": "none", "max_chunk_bytes": 22 * 37 * 8}
@@ -193,7 +194,7 @@ def test_a_wrong_plan_is_refused(backend, device):
     with pytest.raises(ValueError, match="give one"):
         loss(plan, compaction="none")
     with pytest.raises(TypeError, match="objective must be an Objective"):
-        plan_rows(mask, batch.advantages, objective="dapo")
+        plan_rows(mask, batch.advantages, objective=None)
     with pytest.raises(ValueError, match="advantages must have shape"):
         plan_rows(mask, batch.advantages[:3], objective=dapo())
 

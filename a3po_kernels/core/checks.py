@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 SIDES = ("low", "high")
 SCOPES = ("rollout", "batch", "global")
 ROUNDINGS = ("floor", "ceil")
+# A log-prob above this many nats is none, whatever it was rounded to: logits of 30 in bf16 are 0.06 apart at most.
+ABOVE_ZERO = 0.1
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,6 +77,33 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
 
 
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not (low < value <= high if above else low <= value <= high) or not -math.inf < value < math.inf:
+        bracket = "(" if above else "["
+        raise ValueError(f"{name} must be finite and lie in {bracket}{low}, {high}]; got {value}")
+
+
+def check_word(name: str, value: object, known: Sequence[str]) -> None:
+    """Raises ValueError unless value is one of the known words."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def as_tuple(name: str, value: Any, takes: tuple[type, ...]) -> tuple:
+    """A sequence of the classes as a tuple; raises TypeError for one alone, or another class."""
+    names = " and ".join(kind.__name__ for kind in takes)
+    if not isinstance(value, (tuple, list)):
+        hint = f": write ({type(value).__name__}(...),)" if isinstance(value, takes) else ""
+        raise TypeError(f"{name} must be a tuple of {names}; got {type(value).__name__}{hint}")
+    for part in value:
+        if not isinstance(part, takes):
+            raise TypeError(f"{name} takes {names}; got {type(part).__name__}")
+    return tuple(value)
+
+
 def check_positive(name: str, value: object) -> None:
     """Raises TypeError for a non-number and ValueError unless 0 < value < inf."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -111,6 +141,46 @@ def check_temperature(temperature: object, rows: torch.Tensor, validate: bool) -
         raise ValueError(f"temperature must be positive and finite; got {got.item()}")
 
 
+def check_logprobs(name: str, values: torch.Tensor | None, tokens: torch.Tensor | None, validate: bool) -> None:
+    """Raises ValueError for a log-prob above 0 beyond rounding at a token (bool, any shape; None: every row is one)."""
+    if values is None or not reads_values(values, validate):
+        return
+    bad = values.detach() > ABOVE_ZERO
+    bad = bad if tokens is None else bad & tokens
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name} must be log-probs in nats, at most 0 but for rounding; got {values[bad][0].item():g}: "
+            "probabilities need .log(), losses the other sign"
+        )
+
+
+def check_mask_values(name: str, mask: torch.Tensor, validate: bool) -> None:
+    """Raises ValueError for a mask that is not of bools, 0 and 1, where values may be read."""
+    if mask.dtype == torch.bool or not reads_values(mask, validate):
+        return
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        value = strange[0].item()
+        hint = ""
+        if value <= -1e4:
+            hint = ": an additive mask says where not to look, and 0 there is a token; give mask == 0"
+        elif bool((mask < 0).any()) and bool((mask > 1).any()):
+            hint = ": these look like labels; give labels != -100"
+        raise ValueError(f"{name} must be bool or hold 0 and 1; got {value}{hint}")
+
+
+def check_targets_shape(name: str, targets: Any, shape: Sequence[int]) -> None:
+    """Raises ValueError for targets with one token a row less than the `name`, which then are not shifted."""
+    if not isinstance(targets, torch.Tensor) or targets.ndim != len(shape) or not len(shape):
+        return
+    if same_shape((*targets.shape[:-1], targets.shape[-1] + 1), shape):
+        last = "[:, :-1]" if len(shape) > 1 else " without each rollout's last row"
+        raise ValueError(
+            f"targets must have shape {list(shape)}; got {list(targets.shape)}, one less: row i of the {name} predicts "
+            f"targets[i], the token after it, and the last row predicts none: give {name}{last}"
+        )
+
+
 def check_rows(
     logits: Any, targets: Any, temperature: object, softcap: object, logit_scale: object, *, empty: bool = False
 ) -> None:
@@ -121,6 +191,12 @@ def check_rows(
     check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
     if logits.ndim < 1 or (logits.shape[-1] < 1 and not empty):
         raise ValueError(f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}")
+    if isinstance(targets, torch.Tensor) and logits.ndim == targets.ndim and same_shape(logits.shape, targets.shape):
+        raise ValueError(
+            f"logits must have a dimension V behind the {targets.ndim} of targets; got {list(logits.shape)} for both: "
+            "log-probs of tokens go to logprob_policy_loss"
+        )
+    check_targets_shape("logits", targets, logits.shape[:-1])
     check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
     check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)
 

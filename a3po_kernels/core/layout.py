@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import INDEX_DTYPES, check_floating, check_tensor, same_shape
+from .checks import INDEX_DTYPES, check_floating, check_mask_values, check_tensor, same_shape
 from .operators import reads_values
 from .segments import segment_of
 
@@ -64,10 +64,7 @@ class TokenLayout:
         if mask is None:
             return
         check_tensor("mask", mask, self.shape, device=self.offsets.device)
-        if mask.dtype != torch.bool and reads_values(mask, validate):
-            strange = mask[(mask != 0) & (mask != 1)]
-            if strange.numel():
-                raise ValueError(f"mask must be bool or hold 0 and 1; got {strange[0].item()}")
+        check_mask_values("mask", mask, validate)
 
     def flat_mask(self, mask: Tensor | None, validate: bool) -> Tensor | None:
         """A mask, bool or 0/1, as a flat bool [N]."""

@@ -6,17 +6,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..named_objectives import CLIP_OVERRIDES, OVERRIDES, presets
+from ..named_objectives import CLIP_OVERRIDES, OVERRIDES, find_preset, presets
 from ..objectives import Clip, Objective
 
 
 def preset_keywords(name: str) -> set[str]:
     """The keywords that a preset takes; raises ValueError for an unknown name."""
-    if name not in presets:
-        raise ValueError(f"objective must be an Objective or one of {', '.join(presets)}; got {name!r}")
-    parameters = inspect.signature(presets[name]).parameters.values()
+    preset = find_preset(name)
+    parameters = inspect.signature(preset).parameters.values()
     own = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    clips = isinstance(presets[name]().surrogate, Clip)
+    clips = isinstance(preset().surrogate, Clip)
     return own | OVERRIDES | (CLIP_OVERRIDES if clips else set())
 
 
@@ -32,4 +31,15 @@ def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str,
         if key not in takes:
             names = ", ".join(sorted(spelled.get(option, option) for option in takes))
             raise ValueError(f"{spelled.get(key, key)} means nothing to the objective {name!r}, which takes {names}")
-    return presets[name](**given)
+    try:
+        return presets[name](**given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_respelled(str(error), given, spelled)) from error
+
+
+def _respelled(message: str, given: Mapping[str, Any], spelled: Mapping[str, str]) -> str:
+    """A preset's message about one of its keywords, by what the configuration calls it."""
+    for key in given:
+        if message.startswith(f"{key} must "):
+            return spelled.get(key, key) + message.removeprefix(key)
+    return message

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
+from ..core.checks import check_word
+from ..losses.linear import ROUTES, STATISTICS
 from ..named_objectives import presets
 from ..objectives import Cispo, Clip, Objective, OffPolicyMask, TokenRule, Vespo
-from ._presets import build_objective
+from ..ops.head_arguments import check_chunk_bytes, check_compaction
+from ._presets import build_objective, preset_keywords
 
 # Field of the configuration -> keyword of the presets.
 KEYWORDS = {
@@ -89,11 +93,12 @@ class A3POConfig(GRPOConfig):
     micro-batch's tokens, whatever the aggregation).
 
     Refused with a ValueError: an Objective that cannot be pickled (a lambda as a schedule), which TRL's checkpoints do
-    with the whole configuration; loss_type, top_entropy_quantile (objective="fork_tokens" selects exactly),
+    with the whole configuration; any loss_type, top_entropy_quantile (objective="fork_tokens" selects exactly),
     use_adaptive_entropy; off_policy_mask_threshold with vLLM; a rule by named scores; and a KL term with
     use_bias_correction_kl, TRL's default, under a ratio per rollout.
     """
 
+    loss_type: str | None = _option("Not taken: the objective sets the loss.")
     objective: str = _option(
         f"What is optimised: {', '.join(presets)}; in Python also an a3po_kernels.Objective.", "a3po"
     )
@@ -147,11 +152,20 @@ class A3POConfig(GRPOConfig):
     def __post_init__(self):
         super().__post_init__()
         refused = {
-            "loss_type": "the objective sets the loss: give objective= and aggregation= instead",
             "top_entropy_quantile": "objective='fork_tokens' with token_ratio selects by entropy",
             "use_adaptive_entropy": "only a constant entropy_coef is supported",
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if self.loss_type is not None:
+            near = f", objective={self.loss_type!r} perhaps" if self.loss_type in presets else ""
+            raise ValueError(
+                f"loss_type = {self.loss_type!r} is not supported by A3POConfig: the objective, here "
+                f"{str(self.objective)[:40]!r}, sets the loss: give objective= and aggregation= instead{near}"
+            )
+        check_word("head_route", self.head_route, ROUTES)
+        check_word("head_statistics", self.head_statistics, STATISTICS)
+        check_compaction("head_compaction", self.head_compaction)
+        check_chunk_bytes("head_chunk_bytes", self.head_chunk_bytes)
         for name, reason in refused.items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not supported by A3POConfig: {reason}")
@@ -223,10 +237,30 @@ class A3POConfig(GRPOConfig):
         return build_objective(self.objective, options, {keyword: name for name, keyword in KEYWORDS.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """As TrainingArguments.to_dict, with an Objective spelled out for trackers and checkpoints."""
+        """As TrainingArguments.to_dict, with the values in force for trackers and checkpoints.
+
+        Fields that are None hold what the preset takes by default, where it takes them; an Objective is spelled out.
+        """
         fields = super().to_dict()
+        objective = self.build_objective()
+        in_force: dict[str, Any] = {}
         if isinstance(self.objective, Objective):
             fields["objective"] = str(self.objective)
+        else:
+            parameters = inspect.signature(presets[self.objective]).parameters.values()
+            in_force = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if isinstance(objective.surrogate, Clip):
+            in_force |= dataclasses.asdict(objective.surrogate)
+        elif isinstance(objective.surrogate, Cispo):
+            in_force["epsilon_high"] = objective.surrogate.epsilon_high
+        own = ("aggregation", "normalize_over", "log_ratio_coef", "kl_estimator", "kl_clamp")
+        in_force |= {name: getattr(objective, name) for name in own}
+        takes = None if isinstance(self.objective, Objective) else preset_keywords(self.objective)
+        for name, keyword in KEYWORDS.items():
+            if fields[name] is None and (takes is None or keyword in takes):
+                fields[name] = in_force.get(keyword)
+        fields["importance_sampling_level"] = objective.ratio_level
+        fields["entropy_coef"] = objective.entropy_coef
         return fields
 
 

@@ -42,7 +42,7 @@ _READ_HERE = ("objective", "bias", "logit_scale", "tp_group", "vocab_start", "hi
 class HeadContext:
     """What output_processor is to compute of one micro-batch: Megatron hands it over as output_processor_context."""
 
-    def __init__(self, objective: Objective | None = None, advantages: Tensor | None = None, **options: Any):
+    def __init__(self, objective: Objective | str | None = None, advantages: Tensor | None = None, **options: Any):
         """The arguments of linear_policy_loss; without an objective, of linear_token_logprobs.
 
         Args:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_mask_values
 from ..losses.linear import linear_policy_loss
 from ..losses.rows import RowPlan, plan_rows
 from ..losses.stages import PolicyLossOutput
@@ -16,6 +16,7 @@ from ..objectives import Objective
 from ..ops.linear_min_p import linear_min_p_token_logprobs
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ..ops.token_logprobs import TokenStats
+from ._batch_keys import OWN, PER_TOKEN, check_keys, check_not_packed, check_tensors, model_arguments
 from ._lm_head import head_keywords, run_head, swap_head, unwrap
 
 __all__ = [
@@ -28,22 +29,16 @@ __all__ = [
     "token_logprobs_from_model",
 ]
 
-PER_TOKEN = ("old_logprobs", "ref_logprobs", "polarity", "old_entropy", "min_p_logprobs", "importance_weights")
-OWN = ("input_ids", "attention_mask", "completion_mask", "advantages", *PER_TOKEN)
 
-
-def _check_tensors(batch: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if not isinstance(batch.get(name), Tensor):
-            raise TypeError(f"batch[{name!r}] must be a tensor; got {type(batch.get(name)).__name__}")
-
-
-def _completions(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _completions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """targets [B, T] and mask [B, T] bool of the last T columns, checked."""
-    _check_tensors(batch, "input_ids", "completion_mask")
+    check_keys(batch, model)
+    check_tensors(batch, "input_ids", "completion_mask")
     ids, mask = batch["input_ids"], batch["completion_mask"]
     if ids.ndim != 2:
         raise ValueError(f"batch['input_ids'] must have shape [B, L]; got {list(ids.shape)}")
+    check_not_packed(batch)
+    check_mask_values("batch['completion_mask']", mask, False)
     length = mask.shape[-1] if mask.ndim == 2 else -1
     if mask.shape[:1] != ids.shape[:1] or not 1 <= length < ids.shape[1]:
         raise ValueError(
@@ -59,8 +54,7 @@ def _run(model: nn.Module, batch: Mapping[str, Any], length: int, compute) -> tu
     inputs["input_ids"] = batch["input_ids"]
     if batch.get("attention_mask") is not None:
         inputs["attention_mask"] = batch["attention_mask"]
-    signature = inspect.signature(getattr(unwrap(model), "get_base_model", lambda: unwrap(model))().forward).parameters
-    if "logits_to_keep" in signature:
+    if "logits_to_keep" in model_arguments(model)[0]:
         inputs.setdefault("logits_to_keep", length + 1)
     inputs.setdefault("use_cache", False)
     rollouts, columns = batch["input_ids"].shape
@@ -77,7 +71,7 @@ def _run(model: nn.Module, batch: Mapping[str, Any], length: int, compute) -> tu
 
 
 def plan_rows_from_batch(
-    batch: Mapping[str, Any], objective: Objective, *, device: torch.device | str | None = None
+    batch: Mapping[str, Any], objective: Objective | str, *, device: torch.device | str | None = None
 ) -> RowPlan:
     """plan_rows of a batch, for policy_loss_from_model(..., plan=): its rows are those of completion_mask [B, T].
 
@@ -93,7 +87,7 @@ def plan_rows_from_batch(
     Raises:
         TypeError, ValueError: as plan_rows does.
     """
-    _check_tensors(batch, "completion_mask", "advantages")
+    check_tensors(batch, "completion_mask", "advantages")
     mask, polarity = batch["completion_mask"], batch.get("polarity")
     if mask.ndim != 2:
         raise ValueError(f"batch['completion_mask'] must have shape [B, T]; got {list(mask.shape)}")
@@ -106,7 +100,7 @@ def plan_rows_from_batch(
 def policy_loss_from_model(
     model: nn.Module,
     batch: Mapping[str, Any],
-    objective: Objective,
+    objective: Objective | str,
     *,
     plan: RowPlan | None = None,
     aux_loss_coef: float | None = None,
@@ -124,23 +118,39 @@ def policy_loss_from_model(
         batch: input_ids [B, L]; attention_mask [B, L], if any; completion_mask [B, T], bool or 0/1: which of the last T
             columns of input_ids are tokens of the response; advantages [B] or [B, T]; and, where the objective wants
             them, old_logprobs, ref_logprobs, old_entropy, min_p_logprobs [B, T], polarity and importance_weights
-            [B] or [B, T]. Every other entry goes to the model as it is.
-        objective: from a preset (a3po(), dapo(), ...) or composed.
+            [B] or [B, T]. Other arguments of the model's forward go to it as they are (position_ids, pixel_values,
+            output_router_logits, ...); an entry that neither reads is a ValueError, and so are labels.
+        objective: from a preset (a3po(), dapo(), ...) or composed; or a preset's name.
         plan: plan_rows_from_batch's of this batch, with which the head waits for nothing on a GPU; without one it waits
             once, for how many rows may have a gradient.
         aux_loss_coef: of a mixture-of-experts' load-balancing loss, which is added where the model gives one (pass
             output_router_logits=True in batch); by default the config's router_aux_loss_coef.
         options: keywords of linear_policy_loss that are not the head's: step, temperature, denominator, route, ...
 
+    Packed rollouts, ids [1, L] with position_ids that begin anew at each of them, cu_seqlens [S + 1] and mask [1, L] of
+    the response's tokens, go through swap_head, without an attention_mask. Row i predicts token i + 1:
+
+        ends = cu_seqlens.clone()
+        ends[1:] -= 1
+        with swap_head(model, lambda hidden, **head: linear_policy_loss(
+            hidden[0, :-1], targets=ids[0, 1:], mask=mask[0, 1:], cu_seqlens=ends, advantages=advantages,
+            objective=a3po(), **head,
+        )) as results:
+            model(input_ids=ids, position_ids=position_ids, use_cache=False)
+        results[0].loss.backward()
+
     Returns:
         PolicyLossOutput; logprobs, entropy and weights are [B, T]. metrics["aux_loss"] is there if it was added.
 
     Raises:
-        TypeError, ValueError: for a head that cannot be read (see swap_head), for a model that does something else to
-            its logits, and as linear_policy_loss does.
+        TypeError, ValueError: for an entry of the batch that is missing, no tensor or read by nobody, for a head that
+            cannot be read (see swap_head), for a model that does something else to its logits, and as
+            linear_policy_loss does.
     """
-    targets, mask = _completions(batch)
+    targets, mask = _completions(model, batch)
+    check_tensors(batch, "advantages")
     given = {name: batch[name] for name in PER_TOKEN if batch.get(name) is not None}
+    check_tensors(given, *given)
 
     def compute(hidden: Tensor, **head) -> PolicyLossOutput:
         device = hidden.device
@@ -167,7 +177,7 @@ def token_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], **opti
     batch: input_ids, attention_mask, completion_mask as in policy_loss_from_model; rows that the mask leaves out are 0.
     options: keywords of linear_token_logprobs that are not the head's.
     """
-    targets, mask = _completions(batch)
+    targets, mask = _completions(model, batch)
     masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
 
     def compute(hidden: Tensor, **head) -> TokenStats:
@@ -178,7 +188,7 @@ def token_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], **opti
 
 def min_p_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], min_p: float, **options: Any) -> Tensor:
     """linear_min_p_token_logprobs of a causal LM's responses, Lp-Reg's proxy under the old policy: [B, T]."""
-    targets, mask = _completions(batch)
+    targets, mask = _completions(model, batch)
     masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
 
     def compute(hidden: Tensor, **head) -> Tensor:

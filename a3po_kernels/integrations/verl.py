@@ -35,7 +35,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as verl_head
 
 from ..losses.logprobs import logprob_policy_loss
-from ..named_objectives import CovarianceCandidates, presets
+from ..named_objectives import CovarianceCandidates, as_objective, presets
 from ..objectives import Cispo, Clip, Dppo, Gmpo, Objective, Sapo, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ._verl_megatron import FUSED, OVERLAP, AfterImport, grad_hidden, guard_overlap, replace_fused_forward
@@ -132,8 +132,8 @@ def _needs_more_than_logprobs(objective: Objective) -> str | None:
     return "the reference policy's log-probs" if objective.kl_coef else None
 
 
-def register_objective(name: str, objective: Objective, *, bounds_from_config: bool = True) -> Callable[..., Any]:
-    """Registers an objective as verl's policy loss `name` and returns the function.
+def register_objective(name: str, objective: Objective | str, *, bounds_from_config: bool = True) -> Callable[..., Any]:
+    """Registers an objective, or a preset by its name, as verl's policy loss `name` and returns the function.
 
     The function has verl's signature. Aggregation is verl's loss_agg_mode with its global batch info (SAPO's is
     seq-mean-token-mean, as in verl), and with `bounds_from_config` the clipping bounds, clip_ratio_c and tau_pos and
@@ -143,6 +143,7 @@ def register_objective(name: str, objective: Objective, *, bounds_from_config: b
     Raises:
         ValueError: for an objective that reads what verl does not pass: an entropy, a min-p proxy, a KL term.
     """
+    objective = as_objective(objective)
     missing = _needs_more_than_logprobs(objective)
     if missing is not None:
         raise ValueError(f"{name} reads {missing}, which verl's policy losses do not receive")

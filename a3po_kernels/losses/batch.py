@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_floating, check_temperature, refuse_dtensor
+from ..core.checks import check_floating, check_logprobs, check_temperature, refuse_dtensor
 from ..core.layout import TokenLayout
 from ..core.operators import reads_values
 from ..core.segments import segment_sum
 from ..objectives import CustomSurrogate, Objective, PolarityWeights, TokenRule
 from ..ops.token_logprobs import check_targets
-from ..ops.tokens import read_tokens
+from ..ops.tokens import ReadTokens, read_tokens
 from ..parallel.context import check_positions, joined_with_length
 from ..parallel.selection import Places
+from ..schedules import Value
 from .ranks import Ranks
+from .scales import as_number, scales_at
 
 
 class TokenArguments(NamedTuple):
@@ -55,7 +57,7 @@ class TokenBatch:
     says. scores: the caller's, by name. position: int64, the place in its rollout; None where no function of the tokens
     may ask for it, or nobody said. importance_each: whether each token has an importance weight of its own, or its
     rollout one. ranks: what crosses ranks. uneven: 0-d bool, whether ranks that share rollouts hold blocks of other
-    lengths; None where they may.
+    lengths; None where they may. scales: of each shaping rule what scales_at gives.
     """
 
     layout: TokenLayout
@@ -81,6 +83,7 @@ class TokenBatch:
     importance_each: bool
     ranks: Ranks
     uneven: Tensor | None
+    scales: tuple[tuple[Value, ...], ...]
 
     @classmethod
     def read(
@@ -105,16 +108,23 @@ class TokenBatch:
         by_length = objective.aggregation == "seq-mean-token-sum-norm" and given.denominator is None
         # The same on every rank, whatever T is here.
         blocks = layout.padded and (given.positions is None or (by_length and given.max_length is None))
+        step = as_number(given.step, layout.offsets.device)
+        scales = scales_at(objective, step, layout.offsets.device, validate)
+        tokens = None if given.mask is None else given.mask != 0
         if targets is not None and reads_values(targets, validate):
-            masked = targets if given.mask is None else torch.where(given.mask != 0, targets, ignore_index)
+            masked = targets if tokens is None else torch.where(tokens, targets, ignore_index)
             check_targets(masked, vocabulary, ignore_index, validate)
-            check_temperature(temperature, masked != ignore_index, validate)
+            tokens = masked != ignore_index
+            check_temperature(temperature, tokens, validate)
+        for name in ("old_logprobs", "ref_logprobs", "min_p_logprobs"):
+            check_logprobs(name, getattr(given, name), tokens, validate)
         spread = (given.advantages, given.polarity, given.importance_weights)
         per_rollout = [x is not None and layout.is_per_rollout(x) for x in spread]
         read = read_tokens(
             targets, given.mask, layout.offsets, layout.count, dtype, *spread, per_rollout, _leading(objective),
             ignore_index, backend,
         )  # fmt: skip
+        _check_divisor(objective, given.denominator, read, validate)
         counts, uneven = read.counts, None
         if context is None:
             position = _positions(layout, read.rollout) if calls_functions(objective) else None
@@ -129,10 +139,9 @@ class TokenBatch:
             layout, layout.offsets, read.targets, read.tokens, read.rollout, counts, read.counts, read.weights,
             read.advantages, read.polarity, layout.flat(given.old_logprobs, dtype),
             layout.flat(given.old_entropy, dtype), layout.flat(given.ref_logprobs, dtype), read.importance,
-            layout.flat(given.min_p_logprobs, dtype), as_number(given.step, layout.offsets.device),
-            as_number(given.denominator, layout.offsets.device), length,
+            layout.flat(given.min_p_logprobs, dtype), step, as_number(given.denominator, layout.offsets.device), length,
             {name: values.detach().reshape(-1).to(dtype) for name, values in (given.scores or {}).items()},
-            position, not per_rollout[2], ranks, uneven,
+            position, not per_rollout[2], ranks, uneven, scales,
         )  # fmt: skip
 
     def at(self, rows: slice | Tensor, offsets: Tensor) -> TokenBatch:
@@ -162,6 +171,24 @@ class TokenBatch:
         return None if context is None else context.places(self.rollout, self.layout.rollouts)
 
 
+def _check_divisor(objective: Objective, denominator: Any, read: ReadTokens, validate: bool) -> None:
+    """Raises ValueError for a denominator of 0 where tokens would be divided by it, not where there is none."""
+    known = not isinstance(denominator, Tensor) or reads_values(denominator, validate)
+    if denominator is None or not known or not reads_values(read.counts, validate) or denominator != 0:
+        return
+    counted = read.tokens
+    if objective.normalize_over == "selected":
+        if any(isinstance(rule, TokenRule) for rule in objective.shaping):
+            return  # which may have dropped them all
+        counted = counted & (read.weights != 0)
+    count = int(counted.sum())
+    if count:
+        raise ValueError(
+            f"denominator must be positive where there are tokens: 0 would give a loss and a gradient of 0; got 0 with "
+            f"{count} tokens"
+        )
+
+
 def _positions(layout: TokenLayout, rollout: Tensor) -> Tensor:
     rows = torch.arange(layout.count, device=rollout.device)
     starts = layout.offsets[rollout.long()] if layout.rollouts else rows
@@ -173,12 +200,6 @@ def calls_functions(objective: Objective) -> bool:
     rules = [rule for rule in objective.shaping if isinstance(rule, TokenRule)]
     surrogates = [objective.surrogate, *(rule.replacement for rule in rules)]
     return any(isinstance(x, CustomSurrogate) for x in surrogates) or any(callable(rule.metric) for rule in rules)
-
-
-def as_number(value: Any, device: torch.device) -> Any:
-    """A 0-d CPU tensor as the number it is where the batch is on another `device`: reading it waits for nothing."""
-    elsewhere = isinstance(value, Tensor) and value.device.type == "cpu" and device.type != "cpu"
-    return value.item() if elsewhere else value
 
 
 def leading_weights(objective: Objective) -> int:
@@ -200,11 +221,6 @@ def check_polarity(polarity: Tensor) -> None:
     """Raises TypeError for bools, whose False would read as neither."""
     if polarity.dtype == torch.bool:
         raise TypeError("polarity takes +1 (correct), -1 (incorrect) and 0; got torch.bool: give 2 * correct.int() - 1")
-
-
-def check_objective(objective: object) -> None:
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective, such as a3po(); got {type(objective).__name__}")
 
 
 def reads_old_entropy(objective: Objective) -> bool:

@@ -12,13 +12,14 @@ from torch.distributed import ProcessGroup
 from ..core.checks import check_positive, check_tensor
 from ..core.layout import TokenLayout, token_layout
 from ..core.segments import segment_sum
+from ..named_objectives import as_objective
 from ..objectives import Objective, PolarityWeights, TokenRule
 from ..parallel.groups import check_all_or_one, check_group, group_rank, group_size, holds, total, total_over
-from .batch import check_objective, check_polarity
+from .batch import check_polarity
 
 
 def global_denominator(
-    objective: Objective,
+    objective: Objective | str,
     mask: Tensor | None = None,
     advantages: Tensor | None = None,
     *,
@@ -67,7 +68,7 @@ def global_denominator(
         ValueError, TypeError: an argument of the wrong shape, dtype or range; a divisor that is known only from the
             statistics: tokens that a TokenRule or a schedule may drop under normalize_over "selected".
     """
-    check_objective(objective)
+    objective = as_objective(objective)
     check_group("group", group)
     check_group("cp_group", cp_group)
     if isinstance(accumulation, bool) or not isinstance(accumulation, numbers.Integral):

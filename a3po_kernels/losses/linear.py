@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..core.checks import compute_dtype
+from ..core.checks import check_word, compute_dtype
 from ..core.layout import token_layout
 from ..core.operators import reads_values, runs_plainly, without_autocast
 from ..core.tiles import default_chunk_bytes
 from ..core.transform import Transform
+from ..named_objectives import as_objective
 from ..objectives import Objective
 from ..ops.head_arguments import EVERY, EXACT, GIVEN, Lora, check_head_rows, read_compaction, read_head
 from ..ops.linear_min_p import linear_min_p_unchecked
@@ -22,13 +23,14 @@ from ..ops.linear_token_logprobs import head_statistics_unchecked
 from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Split
 from ..schedules import Value
-from .batch import TokenArguments, TokenBatch, check_objective
+from .batch import TokenArguments, TokenBatch
 from .one_pass import attach, one_pass, plan_chunks
 from .rows import RowPlan, check_plan, dependence, find_rows, may_move, spread, spread_over_ranks
 from .shaping import current_rules, shape
 from .stages import PolicyLossOutput, loss_scale, policy_output, token_terms
 
 ROUTES = ("auto", "one-pass", "recompute")
+STATISTICS = ("all", "active")
 
 
 def linear_policy_loss(
@@ -37,7 +39,7 @@ def linear_policy_loss(
     targets: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
     bias: Tensor | None = None,
     vocab_size: int | None = None,
     lora: Lora | None = None,
@@ -111,7 +113,7 @@ def linear_policy_loss(
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())
-    check_objective(objective)
+    objective = as_objective(objective)
     split = Split(tp_group, vocab_start, hidden_layout, grad_hidden)
     head, shape_of_rows = read_head(hidden, weight, bias, lora, vocab_size, main_grad, head_dtype, split)
     if len(shape_of_rows) != (2 if cu_seqlens is None else 1):
@@ -121,10 +123,8 @@ def linear_policy_loss(
     check_head_rows(
         head, targets, shape_of_rows, temperature, softcap, logit_scale, max_chunk_bytes, compaction, backend
     )
-    if route not in ROUTES:
-        raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
-    if statistics not in ("all", "active"):
-        raise ValueError(f"statistics must be 'all' or 'active'; got {statistics!r}")
+    check_word("route", route, ROUTES)
+    check_word("statistics", statistics, STATISTICS)
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     given = TokenArguments(
@@ -280,14 +280,15 @@ class LinearPolicyLoss(nn.Module):
     Call it as linear_policy_loss(hidden, weight, targets, advantages, **the rest); a call may override the keywords.
     """
 
-    def __init__(self, objective: Objective, **options):
+    def __init__(self, objective: Objective | str, **options):
         super().__init__()
-        check_objective(objective)
         known = set(linear_policy_loss.__kwdefaults__ or ())
         unknown = sorted(set(options) - known)
         if unknown:
             raise TypeError(f"unexpected keyword {unknown[0]!r}; linear_policy_loss takes {', '.join(sorted(known))}")
-        self.objective = objective
+        check_word("route", options.get("route", "auto"), ROUTES)
+        check_word("statistics", options.get("statistics", "all"), STATISTICS)
+        self.objective = as_objective(objective)
         self.options = options
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, **batch) -> PolicyLossOutput:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..core.checks import as_rows, compute_dtype
+from ..core.checks import as_rows, check_word, compute_dtype
 from ..core.layout import token_layout
 from ..core.operators import runs_plainly
 from ..core.transform import Transform
+from ..named_objectives import as_objective
 from ..objectives import Objective
 from ..ops.min_p import min_p_rows_of
 from ..ops.one_launch import one_launch, prefers_one_launch, with_gradient
@@ -21,7 +22,7 @@ from ..ops.token_logprobs import TokenStats, check_no_overlap, read_logits_shard
 from ..parallel.agreement import check_agreement
 from ..parallel.vocabulary import Shard, Split
 from ..schedules import Value
-from .batch import TokenArguments, TokenBatch, check_objective
+from .batch import TokenArguments, TokenBatch
 from .shaping import current_rules, shape
 from .stages import (
     PolicyLossOutput,
@@ -62,7 +63,7 @@ def policy_loss(
     targets: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
@@ -101,7 +102,8 @@ def policy_loss(
         logits: fp16, bf16, fp32 or fp64, any strides; or a DTensor, as in token_logprobs.
         targets: per token, int32 or int64, already shifted: row i of the logits predicts targets[i].
         advantages: per rollout [B] or [S], or per token; per rollout wins where both fit.
-        objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed.
+        objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed; or a preset's name
+            ("a3po", any key of `presets`), with its defaults.
         old_logprobs: per token, log-probs of the behaviour policy (nats); None is on-policy, with ratio exactly 1.
         ref_logprobs: per token, of the reference policy, for the KL term.
         mask: per token, bool or 0/1; every row if None.
@@ -155,7 +157,7 @@ def policy_loss(
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())
-    check_objective(objective)
+    objective = as_objective(objective)
     split = Split(tp_group, vocab_start)
     logits, columns, shard, vocabulary = read_logits_shard(
         logits, targets, temperature, softcap, logit_scale, split, vocab_size, backend, inplace_backward
@@ -164,8 +166,7 @@ def policy_loss(
     if logits.ndim != (3 if cu_seqlens is None else 2):
         hint = "; packed logits [N, V] need cu_seqlens" if cu_seqlens is None and logits.ndim == 2 else ""
         raise ValueError(f"logits must have shape {expected}; got {list(logits.shape)}{hint}")
-    if route not in ROUTES:
-        raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
+    check_word("route", route, ROUTES)
     transform = Transform.of(temperature, softcap, logit_scale, ignore_index)
     layout = token_layout("targets", targets, cu_seqlens, validate=validate)
     wanted = torch.is_grad_enabled() and logits.requires_grad
@@ -229,7 +230,7 @@ class PolicyLoss(nn.Module):
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective | str,
         *,
         temperature: float | Tensor = 1.0,
         softcap: float | None = None,
@@ -244,8 +245,8 @@ class PolicyLoss(nn.Module):
         route: str = "auto",
     ):
         super().__init__()
-        check_objective(objective)
-        self.objective = objective
+        check_word("route", route, ROUTES)
+        self.objective = as_objective(objective)
         self.options = {
             "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index,
             "inplace_backward": inplace_backward, "tp_group": tp_group, "vocab_start": vocab_start,

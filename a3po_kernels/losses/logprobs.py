@@ -10,12 +10,13 @@ from torch.distributed import ProcessGroup
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
-from ..core.checks import check_floating, check_tensor, compute_dtype
+from ..core.checks import check_floating, check_logprobs, check_tensor, compute_dtype
 from ..core.layout import token_layout
+from ..named_objectives import as_objective
 from ..objectives import Objective
 from ..ops.token_logprobs import TokenStats
 from ..schedules import Value
-from .batch import TokenArguments, TokenBatch, check_objective
+from .batch import TokenArguments, TokenBatch
 from .shaping import current_rules, shape
 from .stages import PolicyLossOutput, loss_scale, policy_output, token_terms
 
@@ -24,7 +25,7 @@ def logprob_policy_loss(
     logprobs: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
     entropy: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -61,7 +62,7 @@ def logprob_policy_loss(
     Raises:
         ValueError, TypeError: as policy_loss does, and where the objective wants an entropy that was not given.
     """
-    check_objective(objective)
+    objective = as_objective(objective)
     check_tensor("logprobs", logprobs)
     check_floating("logprobs", logprobs)
     refuse_tangents(logprobs=logprobs, entropy=entropy)
@@ -76,6 +77,8 @@ def logprob_policy_loss(
         denominator, max_length, scores, group, reduce_metrics, cp_group, positions,
     )  # fmt: skip
     dtype = compute_dtype(logprobs.dtype)
+    layout.check_mask(mask, validate)
+    check_logprobs("logprobs", logprobs, None if mask is None else mask != 0, validate)
     batch = TokenBatch.read(layout, objective, given, dtype, backend, validate=validate)
     current = current_rules(objective, batch)
     if entropy is None and (objective.entropy_coef or any(rule.metric == "entropy" for rule in current)):

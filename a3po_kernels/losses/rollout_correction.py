@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_floating, check_tensor, compute_dtype
+from ..core.checks import check_floating, check_logprobs, check_tensor, compute_dtype
 from ..core.layout import TokenLayout, token_layout
 from ..core.segments import segment_max, segment_sum, whole_sum
 
@@ -139,6 +139,8 @@ def rollout_correction(
     trainer, rollout = layout.flat(logprobs_trainer, torch.float64), layout.flat(logprobs_rollout, torch.float64)
     tokens = layout.flat_mask(mask, validate)
     assert trainer is not None and rollout is not None
+    check_logprobs("logprobs_trainer", trainer, tokens, validate)
+    check_logprobs("logprobs_rollout", rollout, tokens, validate)
     tokens = torch.ones_like(trainer, dtype=torch.bool) if tokens is None else tokens
     batch = _Batch(layout, tokens)
     x = (trainer - rollout).masked_fill(~tokens, 0.0)

@@ -12,9 +12,10 @@ from ..core.checks import check_tensor
 from ..core.layout import TokenLayout, token_layout
 from ..core.operators import runs_plainly
 from ..core.segments import segment_of, segment_sum, true_first
+from ..named_objectives import as_objective
 from ..objectives import CustomSurrogate, Objective, PolarityWeights, Ratio, TokenRule
 from ..parallel.context import Context
-from .batch import check_objective, check_polarity
+from .batch import check_polarity
 from .ratio_weights import reads_rollout
 
 UNITS = ("token", "rollout", "batch")
@@ -152,7 +153,7 @@ def plan_rows(
     mask: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
     cu_seqlens: Tensor | None = None,
     polarity: Tensor | None = None,
     device: torch.device | str | None = None,
@@ -180,7 +181,7 @@ def plan_rows(
     check_tensor("mask", mask)
     if not runs_plainly(mask):
         raise ValueError("plan_rows counts rows and needs real values: no fake or meta tensors, and no tracing")
-    check_objective(objective)
+    objective = as_objective(objective)
     layout = token_layout("mask", mask, cu_seqlens, validate=False)
     layout.check_per_rollout("advantages", advantages)
     if polarity is not None:

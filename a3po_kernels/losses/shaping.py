@@ -14,8 +14,8 @@ from ..ops.select_tokens import select_flat
 from ..ops.token_logprobs import TokenStats
 from ..ops.tokens import apply_rules, walks_batch
 from ..parallel.selection import order_statistics
-from ..schedules import Schedule, Value
-from .batch import TokenBatch, as_number, leading_weights
+from ..schedules import Value
+from .batch import TokenBatch, leading_weights
 from .token_values import TokenValues, check_result
 
 
@@ -66,10 +66,8 @@ def _metric(
     return given.detach()
 
 
-def _at_step(value: float | Schedule, batch: TokenBatch) -> Value:
-    """A number, or what a schedule gives at the batch's step."""
-    found = as_number(value(batch.step) if callable(value) else value, batch.weights.device)
-    return found.to(batch.weights.dtype) if isinstance(found, Tensor) else found
+def _as_weight(value: Value, batch: TokenBatch) -> Value:
+    return value.to(batch.weights.dtype) if isinstance(value, Tensor) else value
 
 
 def shape(
@@ -96,16 +94,17 @@ def shape(
             waiting.clear()
         return weights
 
-    for rule in objective.shaping[leading_weights(objective) :]:
+    first = leading_weights(objective)
+    for rule, scales in zip(objective.shaping[first:], batch.scales[first:], strict=True):
         if isinstance(rule, PolarityWeights):
             weights = apply_waiting(weights)
-            positive, negative, neutral = (_at_step(x, batch) for x in (rule.positive, rule.negative, rule.zero))
+            positive, negative, neutral = (_as_weight(x, batch) for x in scales)
             weights = torch.where(
                 batch.polarity > 0, weights * positive,
                 torch.where(batch.polarity < 0, weights * negative, weights * neutral),
             )  # fmt: skip
             continue
-        scale = _at_step(rule.selected_scale, batch)
+        scale = _as_weight(scales[0], batch)
         first_scale = scale if first_scale is None else first_scale
         if callable(rule.metric):
             weights = apply_waiting(weights)  # which it may read

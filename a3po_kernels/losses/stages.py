@@ -9,7 +9,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..core.forms import METRICS, PolicyInputs, SurrogateForm
-from ..objectives import Cispo, Clip, CustomSurrogate, Dppo, Gmpo, Nothing, Objective, Ratio, Sapo, Surrogate, TokenRule
+from ..objectives import (
+    Cispo,
+    Clip,
+    CustomSurrogate,
+    Dppo,
+    Gmpo,
+    Nothing,
+    Objective,
+    Ratio,
+    Reinforce,
+    Sapo,
+    Surrogate,
+    TokenRule,
+)
 from ..ops.select_tokens import select_flat
 from ..ops.surrogate import PolicyTerms, joined_policy_terms, policy_terms
 from ..ops.token_logprobs import TokenStats
@@ -84,6 +97,8 @@ def surrogate_form(objective: Objective, surrogate: Surrogate | None = None) -> 
         return form._replace(kind="ratio", penalty=surrogate.penalty)
     if isinstance(surrogate, (Nothing, CustomSurrogate)):
         return form._replace(kind="none")
+    if not isinstance(surrogate, Reinforce):
+        raise TypeError(f"the surrogate {type(surrogate).__name__} has no code word")
     return form
 
 

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ..backends import check_backend
 from ..core.autograd import refuse_tangents
-from ..core.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor, check_transform, is_dtensor, same_shape
+from ..core.checks import (
+    INDEX_DTYPES,
+    LOGIT_DTYPES,
+    check_targets_shape,
+    check_tensor,
+    check_transform,
+    is_dtensor,
+    same_shape,
+)
 from ..core.operators import runs_plainly
 from ..parallel.dtensor import read_head_dtensors, wait_for
 from ..parallel.vocabulary import Split, gather_hidden, read_split
@@ -95,17 +103,29 @@ def check_head_rows(
 ) -> None:  # fmt: skip
     """All that can be wrong with the other arguments of a linear head, short of their values."""
     device = head.hidden.device
+    check_targets_shape("hidden", targets, shape)
     check_tensor("targets", targets, shape, INDEX_DTYPES, device)
     check_transform(temperature, softcap, logit_scale, shape, device)
     check_backend(backend, device)
-    if max_chunk_bytes is not None:
-        if isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int):
-            raise TypeError(f"max_chunk_bytes must be an integer; got {type(max_chunk_bytes).__name__}")
-        if max_chunk_bytes < 1:
-            raise ValueError(f"max_chunk_bytes must be positive; got {max_chunk_bytes}")
-    capacity = isinstance(compaction, int) and not isinstance(compaction, bool) and compaction > 0
-    if not capacity and compaction not in ("auto", "exact", "none"):
-        raise ValueError(f"compaction must be 'auto', 'exact', 'none' or a positive number of rows; got {compaction!r}")
+    check_chunk_bytes("max_chunk_bytes", max_chunk_bytes)
+    check_compaction("compaction", compaction)
+
+
+def check_chunk_bytes(name: str, value: object) -> None:
+    """Raises TypeError or ValueError unless value is None or a positive number of bytes."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive; got {value}")
+
+
+def check_compaction(name: str, value: object) -> None:
+    """Raises ValueError unless value is a known word or a positive number of rows."""
+    capacity = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not capacity and value not in ("auto", "exact", "none"):
+        raise ValueError(f"{name} must be 'auto', 'exact', 'none' or a positive number of rows; got {value!r}")
 
 
 def read_compaction(compaction: str | int, hidden: Tensor, backend: str) -> int:

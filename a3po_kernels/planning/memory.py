@@ -7,6 +7,7 @@ import torch
 from ..backends.torch.rows import CPU_CHUNK, GPU_CHUNK
 from ..core.checks import compute_dtype
 from ..core.tiles import Tiles, card_chunk_bytes, column_tiles, default_chunk_bytes, row_tiles
+from ..named_objectives import as_objective
 from ..objectives import Objective
 
 # fp32 or integer numbers per token that the stages between the vocabulary's two hold at once.
@@ -43,7 +44,7 @@ def estimate_memory(
     width: int,
     vocabulary: int,
     dtype: torch.dtype = torch.bfloat16,
-    objective: Objective | None = None,
+    objective: Objective | str | None = None,
     *,
     route: str = "one-pass",
     active_fraction: float = 1.0,
@@ -75,6 +76,8 @@ def estimate_memory(
     Raises:
         ValueError: an unknown route, sizes out of range, or device_memory of a CPU.
     """
+    if objective is not None:
+        as_objective(objective)
     if route not in ("one-pass", "recompute", "statistics"):
         raise ValueError(f"route must be 'one-pass', 'recompute' or 'statistics'; got {route!r}")
     if min(rows, width, vocabulary) < 1 or not 0 <= active_fraction <= 1:

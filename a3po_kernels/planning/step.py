@@ -12,7 +12,7 @@ from ..core.checks import compute_dtype
 from ..core.tiles import card_chunk_bytes, row_tiles
 from ..losses.ratio_weights import reads_rollout
 from ..losses.rows import dependence
-from ..named_objectives import dapo
+from ..named_objectives import as_objective, dapo
 from ..objectives import CustomSurrogate, Objective, TokenRule
 from ..parallel.vocabulary import LAYOUTS, REDUCTIONS
 
@@ -46,6 +46,7 @@ class HeadStep:
 
     rows: tokens N of one data-parallel replica, which cp ranks share; rollouts: S of a replica, of equal length.
     vocabulary, width: V, H of the whole head, its rows split over tp ranks. dtype: of weight and hidden states.
+    objective: an Objective, or a preset's name.
     on_policy: without old log-probs, entropy and min-p log-probs the current policy is the behaviour policy.
     route: "auto" as linear_policy_loss chooses; statistics, max_chunk_bytes: as there. device_memory: of the card,
     which decides the default chunk. active_fraction: share of the rows with a gradient. frozen_weight: no dWeight.
@@ -79,6 +80,7 @@ class HeadStep:
     device_memory: int = H200_BYTES
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "objective", as_objective(self.objective))
         for name in ("rows", "vocabulary", "width", "rollouts", "tp", "cp", "dp", "device_memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")

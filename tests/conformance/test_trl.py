@@ -265,7 +265,8 @@ def test_vespo_by_default_and_far_off_policy():
     data = batch(14)
     data.correction = torch.where(data.mask.bool(), data.correction, 1.0)
     data.correction[3, 2] = 0.0
-    data.old[0, 0] += 40.0
+    data.logits[0, 0, data.targets[0, 0]] -= 45.0
+    data.old[0, 0] -= 5.0
     data.old[1] -= 30.0
     theirs = trl_loss(
         data, loss_type="vespo", correct=True, **{f"vespo_{name}": value for name, value in fields.items()}

@@ -16,6 +16,7 @@ import tiny
 from datasets import Dataset
 from transformers import HfArgumentParser
 
+from a3po_kernels.integrations import _trl_config
 from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -70,6 +71,20 @@ def test_a_config_is_a_command_line_and_json():
         ({"objective": ak.dapo(), "rho": 2.0}, "rho is a field of the presets"),
         ({"objective": ak.dapo(kl_coef=0.1), "beta": 0.2}, "differ"),
         ({"loss_type": "grpo"}, "loss_type = 'grpo' is not supported"),
+        ({"loss_type": "dapo"}, "the objective, here 'a3po', sets the loss: give .*, objective='dapo' perhaps"),
+        ({"objective": "gspo", "loss_type": "bnpo"}, "here 'gspo', sets the loss: give objective= and .* instead$"),
+        ({"objective": "A3PO"}, r"got 'A3PO'; did you mean 'a3po'\?"),
+        ({"token_ratio": 20}, r"^token_ratio must lie in \(0, 1\]; got 20"),
+        ({"objective": "fork_tokens", "token_ratio": 0.0}, "^token_ratio must lie in"),
+        ({"rho": -1.0}, "^rho must be finite"),
+        ({"selection_polarity": "up"}, "^selection_polarity must be 'both'"),
+        ({"selection_metric": "margin"}, "^selection_metric must be one of probability, entropy"),
+        ({"objective": "kl_cov", "covariance_penalty": -1.0}, "^covariance_penalty must be finite"),
+        ({"objective": "grpo", "epsilon": -0.5}, "^epsilon must be finite"),
+        ({"head_route": "onepass"}, "^head_route must be one of auto, one-pass, recompute; got 'onepass'"),
+        ({"head_statistics": "some"}, "^head_statistics must be one of all, active"),
+        ({"head_compaction": "exakt"}, "^head_compaction must be 'auto', 'exact', 'none' or .*; got 'exakt'"),
+        ({"head_chunk_bytes": 0}, "^head_chunk_bytes must be positive; got 0"),
         ({"top_entropy_quantile": 0.2}, "fork_tokens"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
         ({"off_policy_mask_threshold": 0.5, "use_vllm": True}, "off_policy_mask_threshold with use_vllm"),
@@ -79,6 +94,41 @@ def test_a_config_is_a_command_line_and_json():
 def test_what_is_not_supported_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         built(**options)
+
+
+def test_a_number_that_is_none_is_named_as_it_was_written():
+    for options in ({"rho": "2"}, {"epsilon": "0.2"}, {"covariance_low": "1", "objective": "clip_cov"}):
+        with pytest.raises(TypeError, match=f"^{next(iter(options))} must be a number; got str"):
+            built(**options)
+
+
+def logged(**options):
+    return A3POConfig("unused", report_to=[], use_cpu=True, bf16=False, **options).to_dict()
+
+
+def test_a_tracker_gets_the_values_in_force():
+    fields = logged()
+    expected = {
+        "objective": "a3po", "rho": 2.0, "alpha": 0.005, "token_ratio": 0.2, "epsilon": 0.2, "epsilon_high": 0.28,
+        "aggregation": "token-mean", "selection_metric": "probability", "loss_type": None, "dual_clip": None,
+        "importance_sampling_level": "token", "beta": 0.0, "divergence": None, "positive_weight": 1.0,
+    }  # fmt: skip
+    assert {name: fields[name] for name in expected} == expected
+    assert logged(rho=3.0, epsilon_high=0.4)["rho"] == 3.0
+    assert logged(objective="grpo", epsilon=0.1)["epsilon_high"] == 0.1
+    assert logged(objective="grpo", beta=0.2)["kl_estimator"] == "k3-ratio"
+    assert logged(objective="cispo")["epsilon_high"] == 1.28
+    assert logged(objective="gspo")["importance_sampling_level"] == "sequence"
+    own = logged(objective=ak.dapo(epsilon_high=0.5, entropy_coef=0.1))
+    assert (own["epsilon"], own["epsilon_high"], own["entropy_coef"], own["rho"]) == (0.2, 0.5, 0.1, None)
+
+
+@pytest.mark.parametrize("name", ak.presets)
+def test_what_is_logged_is_the_objective(name):
+    """Given back as the configuration's fields, the values in force are the same objective."""
+    fields = logged(objective=name)
+    own = (*_trl_config.KEYWORDS, "objective", "importance_sampling_level", "entropy_coef")
+    assert built(**{key: fields[key] for key in own}) == built(objective=name)
 
 
 # -- an objective is saved with every checkpoint ----------------------------------------------------------------------

@@ -40,6 +40,7 @@ def batch(seed=0, scale=0.3):
     generator = torch.Generator().manual_seed(seed)
     old = -4 * torch.rand(ROLLOUTS, LENGTH, generator=generator)
     sampled = old + scale * torch.randn(ROLLOUTS, LENGTH, generator=generator)
+    old, sampled = (x - sampled.clamp(min=0.0) for x in (old, sampled))
     lengths = torch.randint(2, LENGTH + 1, (ROLLOUTS,), generator=generator)
     lengths[0] = LENGTH
     mask = torch.arange(LENGTH) < lengths[:, None]

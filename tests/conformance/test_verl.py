@@ -119,8 +119,9 @@ def test_vanilla_by_default():
     data = batch(9)
     noise = torch.randn(ROLLOUTS, LENGTH, generator=torch.Generator().manual_seed(10))
     data.advantages = torch.randn(ROLLOUTS, LENGTH, generator=torch.Generator().manual_seed(11))
-    data.old = data.old - 1.5 * noise
-    data.old[0, 0], data.old[1, 1] = data.old[0, 0] - 40.0, data.old[1, 1] + 40.0
+    data.old = (data.old - 1.5 * noise).clamp(max=0.0)
+    data.logits[1, 1, data.targets[1, 1]] -= 45.0
+    data.old[0, 0], data.old[1, 1] = data.old[0, 0] - 40.0, data.old[1, 1] - 5.0
     data.advantages[0, 0], data.advantages[1, 1] = -1.0, 1.0
     theirs = verl_loss(data, "vanilla", "token-mean", config())
     assert_same(theirs, our_loss(data, a3po_kernels.dapo(epsilon_high=0.2, dual_clip=3.0)))

@@ -37,6 +37,7 @@ def batch(seed=0, scale=0.3):
     generator = torch.Generator().manual_seed(seed)
     old = -4 * torch.rand(ROLLOUTS, LENGTH, generator=generator)
     sampled = old + scale * torch.randn(ROLLOUTS, LENGTH, generator=generator)
+    old, sampled = (x - sampled.clamp(min=0.0) for x in (old, sampled))
     lengths = torch.randint(1, LENGTH + 1, (ROLLOUTS,), generator=generator)
     mask = torch.arange(LENGTH) < lengths[:, None]
     mask[0] = torch.arange(LENGTH) % 3 > 0  # a tool's tokens in between
@@ -173,8 +174,8 @@ def test_k2_and_k3_beyond_the_clamp(option):
     old, sampled, mask = batch(4, scale=0.0)
     mask[:3] = True
     for row, gap in ((0, 30.0), (1, -30.0), (2, 25.0)):
-        sampled[row, 1] = old[row, 1] - gap
-    sampled[2, 4] = old[2, 4] + math.inf
+        old[row, 1], sampled[row, 1] = old[row, 1] - max(-gap, 0.0), old[row, 1] - max(gap, 0.0)
+    old[2, 4] = -math.inf
     for high in (1.0, 15.0, 19.5, 30.0, 150.0, 300.0, 1e7, 6e7, 1e9):
         _, kept, metrics = theirs(old, sampled, mask, rollout_rs=option, rollout_rs_threshold=high)
         found = rollout_correction(old, sampled, mask, level=level, mode="mask", estimator=estimator, high=high)
@@ -225,7 +226,7 @@ def test_beyond_the_clamp():
     """The weights clamp alike; verl's rejection clamps each token's log-ratio before it sums, ours the sum."""
     old, sampled, mask = batch(4, scale=0.0)
     mask[0] = True
-    sampled[0, 1], sampled[0, 2] = old[0, 1] - 30.0, old[0, 2] + 30.0
+    sampled[0, 1], old[0, 2] = old[0, 1] - 30.0, old[0, 2] - 30.0
     sampled[1, 0] = old[1, 0] - 30.0
     for level in ("token", "sequence"):
         weights, _, metrics = theirs(old, sampled, mask, rollout_is=level, rollout_is_threshold=1e9)

@@ -54,10 +54,11 @@ def draw_batch(d: Draw, case: Case) -> None:
         old = old + d.pick(20.5, 30.0) * d.true(0.3, *shape) - d.pick(20.5, 40.0) * d.true(0.2, *shape)
     if d.chance(0.3):
         old = (4 * old).round() / 4  # ties
+    old = old.clamp(max=0.0)
     if d.chance(0.75):
         keywords["old_logprobs"] = hidden(old)
     if d.chance(0.97 if "kl_coef" in case.spec.fields else 0.4):
-        keywords["ref_logprobs"] = hidden(current + 0.3 * d.normal(*shape))
+        keywords["ref_logprobs"] = hidden((current + 0.3 * d.normal(*shape)).clamp(max=0.0))
     if d.chance(0.6):
         keywords["old_entropy"] = hidden((4 * d.normal(*shape).abs()).round() / 4)
     metrics = [rule.fields.get("metric") for rule in case.spec.fields.get("shaping", ())]
@@ -73,7 +74,9 @@ def draw_batch(d: Draw, case: Case) -> None:
     # Where min-p keeps all tokens t is logp but for rounding, and t > logp a coin: only where both ways are the same.
     hinges = lp_reg and (low_head or case.spec.name != "lp_reg")
     if d.chance(0.5 if lp_reg else 0.1) or (hinges and d.chance(0.97 if "old_logprobs" in keywords else 1.0)):
-        keywords["min_p_logprobs"] = hidden(torch.where(d.true(0.1, *shape), -torch.inf, current + d.normal(*shape)))
+        keywords["min_p_logprobs"] = hidden(
+            torch.where(d.true(0.1, *shape), -torch.inf, (current + d.normal(*shape)).clamp(max=0.0))
+        )
     alike = shape == (rollouts,)  # then values are the rollouts'
     kind = "rollout" if alike else d.pick("rollout", "token")
     signs = torch.tensor([1.0, -1.0, 0.0, -0.0], dtype=torch.float64)
@@ -95,7 +98,7 @@ def draw_batch(d: Draw, case: Case) -> None:
         keywords["importance_weights"] = hidden(importance) if per_token else given(importance)
     kind = d.pick("none", "none", "float", "0-d")
     if kind != "none":
-        value = d.pick(0.5, 7.0, 100.0, 0.0)
+        value = d.pick(0.5, 7.0, 100.0, 3.0 if tokens.any() else 0.0)
         dtype = d.pick(torch.float32, torch.float64)
         keywords["denominator"] = value if kind == "float" else torch.tensor(value, dtype=dtype)
     if d.chance(0.5):
