@@ -14,8 +14,10 @@ the last pipeline stage. Nothing is imported from Megatron, whose GPTModel calls
 Tensor parallelism, with and without sequence parallelism: the group, and whether the hidden states are split along the
 sequence, are read from the output layer. dHidden is summed over its group here, once and in fp32, as the layer's own
 backward would do it; every rank has the same statistics and the same loss, and calls backward on it. The weight's
-gradient is returned to autograd, from which Megatron's data parallelism takes it, with gradient_accumulation_fusion
-too. The rows that pad the vocabulary are in the softmax, as in Megatron; HeadContext(vocab_size=) leaves them out.
+gradient is returned to autograd, from which Megatron's data parallelism takes it. With gradient_accumulation_fusion it
+takes none once the layer's own backward has run (of multi-token prediction, or of a micro-batch with Megatron's loss),
+unless the weight says zero_out_wgrad, which is therefore set here. The rows that pad the vocabulary are in the softmax,
+as in Megatron; HeadContext(vocab_size=) leaves them out.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ..losses.linear import linear_policy_loss
 from ..losses.stages import PolicyLossOutput
 from ..objectives import Objective
 from ..ops.linear_token_logprobs import linear_token_logprobs
+from ._main_grad import keep_gradient
 
 __all__ = ["HeadContext", "HeadOutput", "output_processor"]
 
@@ -117,7 +120,8 @@ def output_processor(
     Raises:
         ValueError: what needs logits (labels None, an inference_context, runtime_gather_output=True), a policy loss
             under context parallelism, a layer with hooks that its forward would run, scale_logits that is no
-            multiplication, a weight that is split otherwise. TypeError: a layer or context of another kind.
+            multiplication, a weight that is split otherwise, multi-token prediction with gradient_accumulation_fusion
+            under Megatron-FSDP. TypeError: a layer or context of another kind.
     """
     context = HeadContext() if context is None else context
     if not isinstance(context, HeadContext):
@@ -137,6 +141,8 @@ def output_processor(
             f"the output layer's weight must be this rank's [V / tp, H]; got {type(weight).__name__}, split otherwise "
             "or not here"
         )
+    _check_fusion(output_layer, weight, config)
+    keep_gradient(weight)
     options = {**context.options, **_head(output_layer, scale_logits)}
     if loss_mask is not None and loss_mask.shape != labels.shape:
         raise ValueError(f"loss_mask must have shape {list(labels.shape)}, as labels; got {list(loss_mask.shape)}")
@@ -178,6 +184,17 @@ def _run_hooks(layer: nn.Module, hidden: Tensor) -> None:
         found = hook(layer, (hidden,), {}) if key in layer._forward_pre_hooks_with_kwargs else hook(layer, (hidden,))
         if found is not None:
             raise ValueError(f"a hook before {type(layer).__name__}'s forward changes its input; it must not")
+
+
+def _check_fusion(layer: nn.Module, weight: Tensor, config: Any) -> None:
+    """Megatron-FSDP drops what is returned beside a fused gradient, whatever the weight says (see keep_gradient)."""
+    fused = getattr(layer, "gradient_accumulation_fusion", False)
+    predicts = getattr(config, "mtp_num_layers", None) and not getattr(config, "mtp_detach_heads", False)
+    if fused and predicts and getattr(weight, "__fsdp_param__", False):
+        raise ValueError(
+            "gradient_accumulation_fusion with mtp_num_layers under Megatron-FSDP drops every gradient of the output "
+            "layer's weight but the fused one: turn the fusion off, or set mtp_detach_heads"
+        )
 
 
 def _head(layer: nn.Module, scale_logits: Callable[[Tensor], Tensor]) -> Mapping[str, Any]:
