@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -138,6 +139,14 @@ def test_slime_without_a_group_on_one_process():
     expected = slime_formula(True, True, True)
     torch.testing.assert_close(logprobs[:, 0], expected["logprobs"], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(entropy, expected["entropy"], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("kept", "entropy", "passes"), [(False, True, 1), (True, False, 1), (True, True, 2)])
+def test_slime_reads_the_logits_no_more_often_than_there_are_distributions(kept, entropy, passes):
+    p = problem()
+    with mock.patch.object(slime, "token_logprobs", wraps=slime.token_logprobs) as called:
+        slime.calculate_log_probs_and_entropy(p["logits"], p["tokens"], None, entropy, -1, p["keep"] if kept else None)
+    assert called.call_count == passes
 
 
 def test_slime_gives_a_flat_log_prob_for_no_rows(ranks):

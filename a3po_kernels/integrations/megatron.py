@@ -14,8 +14,14 @@ the last pipeline stage. Nothing is imported from Megatron, whose GPTModel calls
 Tensor parallelism, with and without sequence parallelism: the group, and whether the hidden states are split along the
 sequence, are read from the output layer. dHidden is summed over its group here, once and in fp32, as the layer's own
 backward would do it; every rank has the same statistics and the same loss, and calls backward on it. The weight's
-gradient is returned to autograd, from which Megatron's data parallelism takes it, with gradient_accumulation_fusion
-too. The rows that pad the vocabulary are in the softmax, as in Megatron; HeadContext(vocab_size=) leaves them out.
+gradient is returned to autograd, from which Megatron's data parallelism takes it. With gradient_accumulation_fusion it
+takes none once the layer's own backward has run (of multi-token prediction, or of a micro-batch with Megatron's loss),
+unless the weight says zero_out_wgrad, which is therefore set here. The rows that pad the vocabulary are in the softmax,
+as in Megatron; HeadContext(vocab_size=) leaves them out.
+
+Context parallelism: out.policy.loss is this rank's part, and the parts' sum over the context-parallel ranks is the
+loss. Megatron's schedule takes it as it is: of (loss, metrics) it multiplies the loss by context_parallel_size, and its
+data parallelism averages gradients over these ranks too.
 """
 
 from __future__ import annotations
@@ -32,6 +38,8 @@ from ..losses.linear import linear_policy_loss
 from ..losses.stages import PolicyLossOutput
 from ..objectives import Objective
 from ..ops.linear_token_logprobs import linear_token_logprobs
+from ..parallel.groups import check_group, group_rank, group_size
+from ._main_grad import keep_gradient
 
 __all__ = ["HeadContext", "HeadOutput", "output_processor"]
 
@@ -49,8 +57,12 @@ class HeadContext:
             objective, advantages: of the policy loss, both or neither.
             options: any other keyword of the function: temperature, vocab_size, old_logprobs, mask, denominator, ...
                 Per-token tensors are [B, S] like labels, this rank's. With cu_seqlens [R + 1], the offsets of the
-                rollouts in one packed row, B is 1 and they are [S]. Excepted are bias, logit_scale, tp_group,
-                vocab_start, hidden_layout and grad_hidden, which are read from the model.
+                rollouts in one packed row, B is 1 and they are [S]. Under context parallelism all are of the tokens
+                here, and what is per rollout is given alike on all ranks. cp_group is then the model's own, and
+                positions those of Megatron's load balancing (rank r holds chunks r and 2 cp - 1 - r of the 2 cp that
+                each row of the batch is cut into), unless given; packed rollouts need positions where an order matters.
+                Excepted are bias, logit_scale, tp_group, vocab_start, hidden_layout and grad_hidden, which are read
+                from the model.
 
         Raises:
             ValueError: one of objective and advantages without the other. TypeError: an unknown option.
@@ -107,17 +119,19 @@ def output_processor(
         context: a HeadContext; None for log-probs and entropy at temperature 1.
         scale_logits: a multiplication (by mup_output_mult), which is read. config: Megatron's.
         input_ids, position_ids, attention_mask, decoder_input: what the model's body has used.
-            compute_language_model_loss: what this replaces.
+        compute_language_model_loss: what this replaces; a method of the model, whose context-parallel group it tells.
         packed_seq_params: with it a policy loss needs cu_seqlens in the context: its own offsets are those before
-            context parallelism, and may leave out padding.
+            context parallelism, and may leave out padding. Its cp_group, where it has one, is the batch's.
 
     Returns:
         HeadOutput.
 
     Raises:
         ValueError: what needs logits (labels None, an inference_context, runtime_gather_output=True), a policy loss
-            under context parallelism, a layer with hooks that its forward would run, scale_logits that is no
-            multiplication, a weight that is split otherwise. TypeError: a layer or context of another kind.
+            under context parallelism whose cp_group is not known or of another size, a layer with hooks that its
+            forward would run, scale_logits that is no multiplication, a weight that is split otherwise, multi-token
+            prediction with gradient_accumulation_fusion under Megatron-FSDP. TypeError: a layer or context of another
+            kind.
     """
     context = HeadContext() if context is None else context
     if not isinstance(context, HeadContext):
@@ -137,6 +151,8 @@ def output_processor(
             f"the output layer's weight must be this rank's [V / tp, H]; got {type(weight).__name__}, split otherwise "
             "or not here"
         )
+    _check_fusion(output_layer, weight, config)
+    keep_gradient(weight)
     options = {**context.options, **_head(output_layer, scale_logits)}
     if loss_mask is not None and loss_mask.shape != labels.shape:
         raise ValueError(f"loss_mask must have shape {list(labels.shape)}, as labels; got {list(loss_mask.shape)}")
@@ -146,11 +162,7 @@ def output_processor(
             labels = labels.masked_fill(loss_mask == 0, options.get("ignore_index", -100))
         stats = linear_token_logprobs(hidden, weight, labels, **options)
         return HeadOutput(stats.logprobs, stats.entropy)
-    if getattr(config, "context_parallel_size", 1) > 1:
-        raise ValueError(
-            f"a policy loss needs whole rollouts; context_parallel_size = {config.context_parallel_size} leaves a part "
-            "of each here: take log-probs (HeadContext without an objective), and the loss from them"
-        )
+    options |= _shared_rollouts(options, labels, packed_seq_params, compute_language_model_loss, config)
     if loss_mask is not None:
         if options.get("mask") is not None:
             raise ValueError("loss_mask and the context's mask both say which rows are tokens; give one")
@@ -180,6 +192,17 @@ def _run_hooks(layer: nn.Module, hidden: Tensor) -> None:
             raise ValueError(f"a hook before {type(layer).__name__}'s forward changes its input; it must not")
 
 
+def _check_fusion(layer: nn.Module, weight: Tensor, config: Any) -> None:
+    """Megatron-FSDP drops what is returned beside a fused gradient, whatever the weight says (see keep_gradient)."""
+    fused = getattr(layer, "gradient_accumulation_fusion", False)
+    predicts = getattr(config, "mtp_num_layers", None) and not getattr(config, "mtp_detach_heads", False)
+    if fused and predicts and getattr(weight, "__fsdp_param__", False):
+        raise ValueError(
+            "gradient_accumulation_fusion with mtp_num_layers under Megatron-FSDP drops every gradient of the output "
+            "layer's weight but the fused one: turn the fusion off, or set mtp_detach_heads"
+        )
+
+
 def _head(layer: nn.Module, scale_logits: Callable[[Tensor], Tensor]) -> Mapping[str, Any]:
     """The keywords that the output layer decides. config.sequence_parallel may be on where the layer has it off."""
     split = layer.sequence_parallel
@@ -192,6 +215,40 @@ def _head(layer: nn.Module, scale_logits: Callable[[Tensor], Tensor]) -> Mapping
     if getattr(layer, "bias", None) is not None and not getattr(layer, "skip_bias_add", False):
         own["bias"] = layer.bias
     return own
+
+
+def _shared_rollouts(
+    options: Mapping[str, Any], labels: Tensor, packed: Any, loss: Callable[..., Tensor], config: Any
+) -> Mapping[str, Any]:
+    """cp_group and positions of a policy loss; none where each rollout is whole here."""
+    ranks = getattr(packed, "local_cp_size", None)  # dynamic context parallelism: of this batch alone
+    ranks = int(getattr(config, "context_parallel_size", 1) if ranks is None else ranks)
+    group = options.get("cp_group")
+    check_group("cp_group", group)
+    if group is None and ranks > 1:
+        group = getattr(packed, "cp_group", None)
+        if group is None:
+            group = getattr(getattr(getattr(loss, "__self__", None), "pg_collection", None), "cp", None)
+        if group is None:
+            raise ValueError(
+                f"a policy loss under context parallelism ({ranks} ranks) needs cp_group in the context: the model "
+                "tells none"
+            )
+    found = 1 if group is None else group_size(group)
+    if found != ranks:
+        raise ValueError(f"cp_group must hold the {ranks} context-parallel ranks; got a group of {found}")
+    if ranks == 1:
+        return {}
+    if options.get("positions") is not None or options.get("cu_seqlens") is not None:
+        return {"cp_group": group}
+    length = labels.shape[1]
+    if length % 2:
+        raise ValueError(
+            f"labels [B, S] of Megatron's load balancing have an even S, or need positions; got S = {length}"
+        )
+    half, rank = length // 2, group_rank(group)
+    chunks = [torch.arange(half, device=labels.device) + half * chunk for chunk in (rank, 2 * ranks - 1 - rank)]
+    return {"cp_group": group, "positions": torch.cat(chunks).expand(labels.shape)}
 
 
 def _scale(scale_logits: Callable[[Tensor], Tensor]) -> float:

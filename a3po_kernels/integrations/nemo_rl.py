@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.linear_token_logprobs import linear_token_logprobs
+from ._main_grad import keep_gradient
 
 __all__ = ["from_parallel_hidden_states_to_logprobs"]
 
@@ -55,6 +56,7 @@ def from_parallel_hidden_states_to_logprobs(
             f"vocab_start_index and vocab_end_index must be {first} and {first + rows}, this rank's equal part; got "
             f"{vocab_start_index} and {vocab_end_index}"
         )
+    keep_gradient(output_weight_layer)
     following = target.roll(-1, dims=-1)
     following[:, -1:] = -100  # nothing follows
     budget = None if chunk_size is None else 4 * chunk_size * batch * rows

@@ -48,13 +48,16 @@ def calculate_log_probs_and_entropy(
     if not logits.shape[0]:
         empty = logits.new_zeros((0,))
         return empty, empty if with_entropy else None
-    stats = token_logprobs(logits, tokens, tp_group=tp_group)
-    logprobs = stats.logprobs
+    masked = logits
     if log_prob_keep_mask is not None:
         columns = logits.shape[1]
         own = (tokens - (0 if tp_group is None else dist.get_rank(tp_group) * columns)).unsqueeze(-1)
         here, own = (own >= 0) & (own < columns), own.clamp(0, columns - 1)
         kept = log_prob_keep_mask.scatter(1, own, log_prob_keep_mask.gather(1, own) | here)
-        logprobs = token_logprobs(logits.masked_fill(~kept, -torch.inf), tokens, tp_group=tp_group).logprobs
-    entropy = stats.entropy if with_entropy_grad else stats.entropy.detach()
-    return logprobs.unsqueeze(-1), entropy if with_entropy else None
+        masked = logits.masked_fill(~kept, -torch.inf)
+    stats = token_logprobs(masked, tokens, tp_group=tp_group)
+    logprobs = stats.logprobs.unsqueeze(-1)
+    if not with_entropy:
+        return logprobs, None
+    entropy = stats.entropy if masked is logits else token_logprobs(logits, tokens, tp_group=tp_group).entropy
+    return logprobs, entropy if with_entropy_grad else entropy.detach()

@@ -38,6 +38,7 @@ from ..losses.logprobs import logprob_policy_loss
 from ..named_objectives import CovarianceCandidates, as_objective, presets
 from ..objectives import Cispo, Clip, Dppo, Gmpo, Objective, Sapo, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
+from ._main_grad import keep_gradient
 from ._verl_megatron import FUSED, OVERLAP, AfterImport, grad_hidden, guard_overlap, replace_fused_forward
 
 __all__ = ["install_head", "linear_cross_entropy", "register_objective", "set_step", "training_step"]
@@ -228,6 +229,7 @@ def linear_cross_entropy(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean'; got {reduction!r}")
     _check_whole("weight", weight)
+    keep_gradient(weight)
     stats = linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature,
         tp_group=dist_process_group, grad_hidden=None if dist_process_group is None else grad_hidden.get(),

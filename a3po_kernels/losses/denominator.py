@@ -53,7 +53,8 @@ def global_denominator(
         cu_seqlens: [S + 1] offsets of packed rollouts.
         max_length: of seq-mean-token-sum-norm, always; the same as the losses'.
         group: the ranks that the losses are summed over, each token of the step on one of them; None is the default
-            group (without torch.distributed: this process).
+            group (without torch.distributed: this process). With tensor parallelism it must be the data-parallel ranks:
+            the default group counts each token once per tensor-parallel rank, which is not seen from here.
         cp_group: the ranks that hold the tokens of the same rollouts, in the same order, as in the losses.
         accumulation: the number of micro-batches, where the trainer divides each one's loss by it.
         average_over_ranks: whether the gradients are averaged over the ranks of `group`, as DistributedDataParallel and

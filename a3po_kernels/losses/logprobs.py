@@ -54,6 +54,8 @@ def logprob_policy_loss(
         entropy: per token (nats), of the current policy, differentiable; entropy_coef and rules on the current entropy
             want it. Without it metrics["entropy"] is NaN and the entropies of the output are 0.
         min_p_logprobs: for Lp-Reg, always.
+        group: as in policy_loss, the data-parallel ranks. With tensor parallelism it must be given where anything goes
+            over it: the default group counts each token once per tensor-parallel rank, which is not seen from here.
         The rest: as in policy_loss.
 
     Returns:

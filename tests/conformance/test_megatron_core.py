@@ -6,15 +6,18 @@ import contextlib
 import importlib
 import inspect
 import itertools
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed; make test-megatron")
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, layers
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import torch_norm
 from megatron.core.transformer.module import float16_to_fp32
@@ -51,19 +54,23 @@ def on_the_cpu() -> None:
     torch_norm.WrappedTorchNorm.__new__ = norm
 
 
-def model(tied: bool, split: bool, scale: float) -> GPTModel:
-    """scale: of the logits, by MuP."""
+def model(tied: bool, split: bool, scale: float, **options) -> GPTModel:
+    """scale: of the logits, by MuP. options: of the config."""
+    given = {"gradient_accumulation_fusion": False, **options}
     config = TransformerConfig(
         num_layers=LAYERS, hidden_size=H, num_attention_heads=4, use_cpu_initialization=True,
         tensor_model_parallel_size=torch.distributed.get_world_size(), sequence_parallel=split,
         pipeline_dtype=torch.float32, params_dtype=torch.float32, bias_activation_fusion=False,
-        bias_dropout_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False, masked_softmax_fusion=False,
         attention_dropout=0.0, hidden_dropout=0.0, add_bias_linear=False, apply_rope_fusion=False,
+        **given,
     )  # fmt: skip
     torch.manual_seed(0)
+    layer = get_gpt_layer_local_spec()
     made = GPTModel(
-        config=config, transformer_layer_spec=get_gpt_layer_local_spec(), vocab_size=V, max_sequence_length=S,
+        config=config, transformer_layer_spec=layer, vocab_size=V, max_sequence_length=S,
         share_embeddings_and_output_weights=tied, position_embedding_type="rope",
+        mtp_block_spec=get_gpt_mtp_block_spec(config, layer, False) if config.mtp_num_layers else None,
     )  # fmt: skip
     config.use_mup, config.mup_output_mult = scale != 1.0, scale
     return made
@@ -148,6 +155,64 @@ def compare_verl(tied: bool, split: bool) -> dict[str, float]:
     pairs = {name: (found[name], value) for name, value in expected.items()}
     pairs |= {"log-probs": (out.log_probs, logprobs), "entropy": (out.entropy, entropy)}
     return {name: ((mine - value).abs().max() / value.abs().max()).item() for name, (mine, value) in pairs.items()}
+
+
+class Extension(ModuleType):
+    """Megatron's CUDA extension for gradient_accumulation_fusion, as its name and its calls say."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
+        main_grad.add_(grad.t() @ x)
+
+
+def predicting(fused: bool) -> DistributedDataParallel:
+    """With multi-token prediction, an untied head, and Megatron's data parallelism."""
+    made = model(False, False, 1.0, mtp_num_layers=1, gradient_accumulation_fusion=fused)
+    wrapped = DistributedDataParallel(made.config, DistributedDataParallelConfig(overlap_grad_reduce=False), made)
+    wrapped.zero_grad_buffer()
+    return wrapped
+
+
+def main_grad(fused: bool, scale: float) -> tuple[torch.Tensor, bool]:
+    """(the head's, of the prediction's loss and the policy's times scale; whether a fused backward ran)."""
+    wrapped = predicting(fused)
+    g = torch.Generator().manual_seed(3)
+    ids, labels = torch.randint(0, V, (2, B, S), generator=g)
+    causal = torch.triu(torch.ones(S, S, dtype=torch.bool), 1)[None, None]
+    context = HeadContext(a3po(), torch.tensor([1.0, -0.7]))
+    for _ in range(2):  # micro-batches
+        out = wrapped(
+            ids, torch.arange(S).repeat(B, 1), causal, labels=labels, output_processor=output_processor,
+            output_processor_context=context,
+        )  # fmt: skip
+        (scale * out.policy.loss).backward()
+    weight = wrapped.module.output_layer.weight
+    return weight.main_grad.clone(), weight.grad_added_to_main_grad
+
+
+def run_fused() -> dict[str, torch.Tensor]:
+    sys.modules["fused_weight_gradient_mlp_cuda"] = Extension("fused_weight_gradient_mlp_cuda")
+    on_the_cpu()
+    layers.fused_weight_gradient_mlp_cuda = sys.modules["fused_weight_gradient_mlp_cuda"]
+    layers._grad_accum_fusion_available = True
+    # What memory that nobody has written holds.
+    layers.torch = SimpleNamespace(**{**vars(torch), "empty": lambda *shape, **kw: torch.empty(*shape, **kw).fill_(9)})
+    parallel_state.initialize_model_parallel()
+    found = {}
+    for fused in (False, True):
+        for scale in (0.0, 1.0):
+            found[fused, scale], ran = main_grad(fused, scale)
+            assert ran is fused
+    return found
+
+
+def test_the_heads_gradient_beside_a_fused_one():
+    [found] = on_ranks(1, run_fused)
+    own = found[False, 1.0] - found[False, 0.0]  # of the policy
+    assert own.norm() > 0.1 * found[False, 0.0].norm() > 0
+    for scale in (0.0, 1.0):
+        error = (found[True, scale] - found[False, scale]).abs().max() / found[False, scale].abs().max()
+        assert error < 2e-5, scale
 
 
 def run_verl() -> list[dict[str, float]]:

@@ -48,7 +48,9 @@ def the_function(p: dict) -> dict:
 
     torch._dynamo.config.disable = True  # verl compiles a product
     hidden, weight = p["hidden"].clone().requires_grad_(), part(p["whole"]["head"]).requires_grad_()
+    weight.grad_added_to_main_grad = True  # of Megatron's data parallelism, after a fused backward
     found = linear_cross_entropy(hidden, weight, p["labels"], TEMPERATURE, "none", dist.group.WORLD)
+    assert weight.zero_out_wgrad
     total(p, *found).backward()
     sums = [linear_cross_entropy(hidden, weight, p["labels"], TEMPERATURE, name, dist.group.WORLD)[0].detach()
             for name in ("sum", "mean")]  # fmt: skip
