@@ -222,7 +222,8 @@ def inputs(problem: Problem, device: torch.device, seed: int = 0) -> dict[str, T
     advantages = torch.where(torch.arange(rollouts, device=device) % 2 == 0, 1.0, -1.0)
     active = torch.arange(rollouts, device=device) < round(problem.active_fraction * rollouts)
     return {
-        **batch, "targets": targets, "advantages": advantages * active, "old": current + 0.1 * normal(rollouts, length),
+        **batch, "targets": targets, "advantages": advantages * active,
+        "old": (current + 0.1 * normal(rollouts, length)).clamp(max=0.0),
     }  # fmt: skip
 
 
