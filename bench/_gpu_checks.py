@@ -62,13 +62,13 @@ def make_case(rows: int, vocabulary: int, width: int, dtype: torch.dtype, device
         shares.append(log_p[:, columns].exp())
     logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
     shape = targets.shape
-    old = (logprobs + 0.15 * normal(rows)).view(shape).float()
+    old = (logprobs + 0.15 * normal(rows)).clamp(max=0.0).view(shape).float()
     batch = {
         "targets": targets,
         "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 2.0, -2.0, 1.0], device=device),
         "old_logprobs": old,
         "old_entropy": (entropy + 0.1 * normal(rows)).view(shape).float(),
-        "min_p_logprobs": old + 0.2 * normal(rows).view(shape),
+        "min_p_logprobs": (old + 0.2 * normal(rows).view(shape)).clamp(max=0.0),
     }
     log_p = torch.log_softmax(logits.flatten(0, 1)[chosen].double(), -1)
     return Case(logits, hidden, weight, batch, logprobs, entropy, log_p, torch.cat(shares), chosen, columns)

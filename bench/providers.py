@@ -231,7 +231,8 @@ def inputs(problem: Problem, device: torch.device, seed: int = 0) -> dict[str, T
     advantages = torch.where(torch.arange(count, device=device) % 2 == 0, 1.0, -1.0)
     active = torch.arange(count, device=device) < round(problem.active_fraction * count)
     return {
-        **batch, "targets": targets, "advantages": advantages * active, "old": current + 0.1 * normal(count, length),
+        **batch, "targets": targets, "advantages": advantages * active,
+        "old": (current + 0.1 * normal(count, length)).clamp(max=0.0),
     }  # fmt: skip
 
 

@@ -159,6 +159,11 @@ def test_an_objective_of_ones_own(monkeypatch):
     assert get_policy_loss_fn("mine") is function
     assert verl_loss(batch(), "mine", "token-mean", config())[2]["actor/weight_beta"] == pytest.approx(3.0)
     del POLICY_LOSS_REGISTRY["mine"]
+    integration.register_objective("mine", "a3po", bounds_from_config=False)
+    assert verl_loss(batch(), "mine", "token-mean", config())[2]["actor/weight_beta"] == pytest.approx(2.0)
+    del POLICY_LOSS_REGISTRY["mine"]
+    with pytest.raises(ValueError, match=r"got 'a3p'; did you mean 'a3po'\?"):
+        integration.register_objective("mine", "a3p")
 
 
 def test_verls_own_losses_stay():
