@@ -88,7 +88,8 @@ def data(case: Case) -> dict[str, Tensor]:
     found = {"weight": normal(case.size, H), "bias": normal(case.size), "a": normal(RANK, H),
              "b": normal(case.size, RANK), "hidden": normal(B, T, H), "logits": 2 * normal(B, T, case.size),
              "targets": torch.randint(0, known, (B, T), generator=generator), "advantages": normal(B, T),
-             "old_logprobs": normal(B, T) - 2, "factors": normal(B, T), "loss_weights": normal(B, T)}  # fmt: skip
+             "old_logprobs": normal(B, T).clamp(max=1.5) - 2, "factors": normal(B, T),
+             "loss_weights": normal(B, T)}  # fmt: skip
     if "packed" in case.extras:
         found = {name: x.flatten(0, 1) if x.shape[:2] == (B, T) else x for name, x in found.items()}
     return found

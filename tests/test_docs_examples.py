@@ -6,13 +6,13 @@ import contextlib
 import io
 import re
 
+import docs_examples
 import pytest
 import torch
 import torch.distributed as dist
 from batches import INTERPRETED
 
 import a3po_kernels
-from tests import docs_examples
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="natively")

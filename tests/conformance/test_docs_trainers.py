@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import docs_examples
 import pytest
-
-from tests import docs_examples
 
 pytest.importorskip("trl")
 
