@@ -122,9 +122,9 @@ demo: .venv-trl/.stamp  ## train a small model by RLVR with A3POTrainer, in .ven
 train-plain: .venv-trl/.stamp  ## the same in a plain loop
 	PYTHONPATH=. .venv-trl/bin/python -m examples.train_plain --objective $(OBJECTIVE) $(DEMO_ARGS)
 
-dynamics: .venv-trl/.stamp  ## train with eight objectives, several seeds each: hours, resumable; then the figure
+dynamics: .venv-trl/.stamp  ## train the studies of bench/dynamics_studies.py, several seeds each: hours, resumable; then the page
 	PYTHONPATH=. .venv-trl/bin/python -m bench.dynamics run
-	PYTHONPATH=. .venv-trl/bin/python -m bench.dynamics figure
+	PYTHONPATH=. .venv-trl/bin/python -m bench.dynamics page
 
 clean:  ## remove what tests and builds leave
 	rm -rf build dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -82,10 +82,10 @@ STUDIES = {
         _OBJECTIVES, seeds=6, every=10, tables=(10, 40),
     ),
     "countdown": Study(
-        "countdown", _COUNTDOWN, (*_OBJECTIVES, Arm("kl_cov"), Arm("clip_cov")), seeds=3, every=20, tables=(20, 40),
+        "countdown", _COUNTDOWN, (*_OBJECTIVES, Arm("kl_cov"), Arm("clip_cov")), seeds=2, every=20, tables=(20, 40),
     ),
-    "ablations": Study("countdown", _COUNTDOWN, (_a3po(), *_ABLATIONS), seeds=3, every=20, tables=(40,)),
+    "ablations": Study("countdown", _COUNTDOWN, (_a3po(), *_ABLATIONS), seeds=2, every=20, tables=(40,)),
     "noise": Study(
-        "countdown", _COUNTDOWN, (*map(Arm, _SIGNS), *_NOISE), seeds=3, every=20, tables=(40,)
+        "countdown", _COUNTDOWN, (*map(Arm, _SIGNS), *_NOISE), seeds=2, every=20, tables=(40,)
     ),
 }  # fmt: skip
