@@ -7,7 +7,8 @@ import torch
 from batches import INTERPRETED
 
 import a3po_kernels
-from a3po_kernels.losses import batch, linear
+from a3po_kernels.core import checks, layout
+from a3po_kernels.losses import batch, linear, scales
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -28,7 +29,7 @@ def arguments():
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Values are checked on a CPU alone."""
-    for module in (batch, linear):
+    for module in (batch, linear, scales, checks, layout):
         monkeypatch.setattr(module, "reads_values", lambda *_: False)
 
 
@@ -82,3 +83,30 @@ def test_linear_policy_loss(name, most):
     hidden.grad = weight.grad = None
     counted = launches(step)
     assert counted.total() <= most, describe(counted)
+
+
+def test_a_group_of_one_rank_costs_no_launch():
+    """Tensor-parallel arguments with one rank: the very launches of a head without them."""
+    import torch.distributed as dist
+    from launches import describe, launches
+
+    targets, advantages, keywords = arguments()
+    hidden = torch.randn(ROLLOUTS, LENGTH, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+
+    def step(**split):
+        a3po_kernels.linear_policy_loss(
+            hidden, weight, targets, advantages + 0.5, objective=a3po_kernels.dapo(), backend="triton", **keywords,
+            **split,
+        ).loss.backward()  # fmt: skip
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        step()
+        hidden.grad = weight.grad = None
+        alone = launches(step)
+        hidden.grad = weight.grad = None
+        grouped = launches(lambda: step(tp_group=dist.group.WORLD, vocab_size=VOCABULARY))
+    finally:
+        dist.destroy_process_group()
+    assert describe(grouped) == describe(alone)

@@ -110,14 +110,15 @@ class TokenBatch:
         blocks = layout.padded and (given.positions is None or (by_length and given.max_length is None))
         step = as_number(given.step, layout.offsets.device)
         scales = scales_at(objective, step, layout.offsets.device, validate)
-        tokens = None if given.mask is None else given.mask != 0
-        if targets is not None and reads_values(targets, validate):
-            masked = targets if tokens is None else torch.where(tokens, targets, ignore_index)
-            check_targets(masked, vocabulary, ignore_index, validate)
-            tokens = masked != ignore_index
-            check_temperature(temperature, tokens, validate)
-        for name in ("old_logprobs", "ref_logprobs", "min_p_logprobs"):
-            check_logprobs(name, getattr(given, name), tokens, validate)
+        if reads_values(given.advantages, validate):
+            tokens = None if given.mask is None else given.mask != 0
+            if targets is not None:
+                masked = targets if tokens is None else torch.where(tokens, targets, ignore_index)
+                check_targets(masked, vocabulary, ignore_index, validate)
+                tokens = masked != ignore_index
+                check_temperature(temperature, tokens, validate)
+            for name in ("old_logprobs", "ref_logprobs", "min_p_logprobs"):
+                check_logprobs(name, getattr(given, name), tokens, validate)
         spread = (given.advantages, given.polarity, given.importance_weights)
         per_rollout = [x is not None and layout.is_per_rollout(x) for x in spread]
         read = read_tokens(
