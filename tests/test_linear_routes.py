@@ -171,7 +171,7 @@ def test_module(backend, device):
     [
         ({"route": "two-pass"}, ValueError, "route must be one of auto, one-pass, recompute"),
         ({"statistics": "some"}, ValueError, "statistics must be"),
-        ({"objective": "dappo"}, ValueError, "objective must be an Objective or one of .*did you mean 'dapo'"),
+        ({"objective": "dappo"}, ValueError, "objective must be an Objective or one of .*did you mean 'dppo'"),
         ({"advantages": torch.zeros(3)}, ValueError, "advantages must have shape"),
         ({"hidden": torch.zeros(60, WIDTH)}, ValueError, "need cu_seqlens"),
     ],
