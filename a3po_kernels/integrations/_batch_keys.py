@@ -20,7 +20,9 @@ _PACKED = (
     "cu_seqlens takes them, as the docstring of policy_loss_from_model shows"
 )
 # What transformers' models read from a **kwargs that says nothing.
-_UNNAMED = {"output_hidden_states", "output_attentions", "output_router_logits", "position_ids", "is_causal"}
+_UNNAMED = {
+    "output_hidden_states", "output_attentions", "output_router_logits", "position_ids", "is_causal", "return_dict",
+}  # fmt: skip
 _KEYWORD = "is a keyword of the call, not an entry of the batch"
 # Names that trainers give to what is spelled otherwise here, and what to do with them.
 _ELSEWHERE = {
@@ -52,9 +54,9 @@ _REASONS = {
 
 def model_arguments(model: nn.Module) -> tuple[set[str], str]:
     """The keywords that a causal LM's forward takes by name, or in the typed dictionary of its **kwargs; its class."""
-    inner = unwrap(model)
-    inner = getattr(inner, "get_base_model", lambda: inner)()
-    names: set[str] = set()
+    outer = unwrap(model)
+    inner = getattr(outer, "get_base_model", lambda: outer)()
+    names = set() if inner is outer else {"adapter_names"}  # which PEFT's hooks read
     for parameter in inspect.signature(inner.forward, eval_str=False).parameters.values():
         if parameter.kind is not parameter.VAR_KEYWORD:
             names.add(parameter.name)
