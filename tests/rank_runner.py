@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib
-import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 from a3po_kernels.parallel import groups
 
@@ -46,12 +44,8 @@ class Counted:
             patch.stop()
 
 
-def worker(rank: int, world: int, folder: str, modules: tuple[str, ...]) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def run_modules(modules: tuple[str, ...]) -> dict[str, Any]:
+    rank, world = dist.get_rank(), dist.get_world_size()
     results: dict[str, Any] = {}
     for module in modules:
         for name, case in importlib.import_module(module).CASES.items():
@@ -60,13 +54,13 @@ def worker(rank: int, world: int, folder: str, modules: tuple[str, ...]) -> None
             except Exception:
                 results[name] = traceback.format_exc()
                 break  # the other ranks may wait for this one
-    torch.save(results, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return results
 
 
 def spawn_ranks(world: int, folder: Path, modules: tuple[str, ...] = MODULES) -> None:
     """Runs every case of some modules on every rank."""
-    mp.spawn(worker, args=(world, str(folder), modules), nprocs=world)
+    for rank, results in enumerate(on_ranks(world, run_modules, modules)):
+        torch.save(results, folder / f"{rank}.pt")
 
 
 def read_ranks(world: int, folder: Path) -> list[dict[str, Any]]:

@@ -37,3 +37,12 @@ def on_ranks(
         mp.spawn(_main, args=(ranks, folder, work, arguments, timeout, device), nprocs=ranks)
         files = [Path(folder) / f"{rank}.pt" for rank in range(ranks)]
         return [torch.load(file, weights_only=False, map_location="cpu") for file in files]
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """The message of the ValueError that a call raises, or "nothing"."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing"

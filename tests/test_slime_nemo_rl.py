@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from a3po_kernels.integrations import nemo_rl, slime
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, refused
 
 V, H, B, T = 40, 6, 3, 8
 
@@ -80,14 +80,6 @@ def run_nemo(**options) -> dict:
         return {"logprobs": out}
     (out * p["grad"]).sum().backward()
     return {"logprobs": out.detach(), "hidden": hidden.grad, "weight": weight.grad}
-
-
-def refused(call) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "nothing"
 
 
 def run_all() -> dict:

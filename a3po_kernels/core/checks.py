@@ -215,5 +215,4 @@ def check_selection(ratio: object, side: str, scope: str, rounding: str) -> None
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1]; got {ratio}")
     for name, value, known in (("side", side, SIDES), ("scope", scope, SCOPES), ("rounding", rounding, ROUNDINGS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+        check_word(name, value, known)

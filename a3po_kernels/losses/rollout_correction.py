@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_floating, check_logprobs, check_tensor, compute_dtype
+from ..core.checks import check_floating, check_logprobs, check_tensor, check_word, compute_dtype
 from ..core.layout import TokenLayout, token_layout
 from ..core.segments import segment_max, segment_sum, whole_sum
 
@@ -188,8 +188,7 @@ def _check_options(
     level: Any, mode: Any, estimator: Any, low: Any, high: Any, veto: Any, batch_normalize: Any
 ) -> None:
     for name, value, known in (("level", level, LEVELS), ("mode", mode, MODES), ("estimator", estimator, ESTIMATORS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+        check_word(name, value, known)
     for name, value in (("low", low), ("high", high), ("veto", veto)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
             raise TypeError(f"{name} must be a number or None; got {type(value).__name__}")

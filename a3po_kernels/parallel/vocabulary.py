@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.checks import check_word
 from ..core.operators import plainly_differentiable
 from .groups import all_gather_single, check_group, reduce_scatter_single
 
 LAYOUTS = ("replicated", "sequence_sharded")
 REDUCTIONS = ("all_reduce", "reduce_scatter", "partial")
+
 
 def _group_of(name: str) -> dist.ProcessGroup:
     """Operators take a group by its name, as PyTorch's own functional collectives do."""
@@ -220,10 +222,9 @@ def read_split(
 
 
 def _check_words(split: Split) -> None:
-    if split.hidden_layout not in LAYOUTS:
-        raise ValueError(f"hidden_layout must be one of {', '.join(LAYOUTS)}; got {split.hidden_layout!r}")
-    if split.grad_hidden is not None and split.grad_hidden not in REDUCTIONS:
-        raise ValueError(f"grad_hidden must be one of {', '.join(REDUCTIONS)}; got {split.grad_hidden!r}")
+    check_word("hidden_layout", split.hidden_layout, LAYOUTS)
+    if split.grad_hidden is not None:
+        check_word("grad_hidden", split.grad_hidden, REDUCTIONS)
     if split.tp_group is None and (split.grad_hidden is not None or split.hidden_layout != "replicated"):
         raise ValueError("grad_hidden and hidden_layout say what crosses tensor-parallel ranks: they need tp_group")
     if split.hidden_layout == "sequence_sharded" and split.grad_hidden not in (None, "reduce_scatter"):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 pytest.importorskip("verl")
 
 from megatron_stand_in import Model
-from ranks import on_ranks
+from ranks import on_ranks, refused
 from verl_on_megatron import OldModel, load, put_in_place
 
 pytestmark = pytest.mark.verl
@@ -91,14 +91,6 @@ def the_old_forward(p: dict, module, tied: bool, split: bool) -> dict:
         "logprobs": output.log_probs.detach(), "entropy": output.entropy.detach(), "hidden": hidden.grad,
         "weight": model.weight.grad,
     }  # fmt: skip
-
-
-def refused(call) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "nothing"
 
 
 def run_all() -> dict:

@@ -83,13 +83,14 @@ def fold_statistics(
     """Folds a tile of a vocabulary into the statistics of its rows; see backends.triton.statistics."""
     dtype = results[0].dtype
     active = targets != transform.ignore_index
+    k = _scale_per_row(transform, dtype)
     merged = _tile_statistics(logits, targets - first_column, active, transform, dtype)
     if not first:
-        merged = merge_statistics(state, merged, _scale_per_row(transform, dtype))
+        merged = merge_statistics(state, merged, k)
     if not last:
         state.copy_(merged)
         return
-    _store(merged, targets, transform, results)
+    _store(merged, active, k, results)
 
 
 def finish_statistics(states, targets, transform: Transform, results) -> None:
@@ -98,7 +99,7 @@ def finish_statistics(states, targets, transform: Transform, results) -> None:
     merged = states[0]
     for part in states[1:]:
         merged = merge_statistics(merged, part, k)
-    _store(merged, targets, transform, results)
+    _store(merged, targets != transform.ignore_index, k, results)
 
 
 def _scale_per_row(transform: Transform, dtype: torch.dtype) -> torch.Tensor | float:
@@ -106,12 +107,11 @@ def _scale_per_row(transform: Transform, dtype: torch.dtype) -> torch.Tensor | f
     return k if isinstance(k, float) or k.ndim == 0 else k.squeeze(-1)
 
 
-def _store(merged: torch.Tensor, targets, transform: Transform, results) -> None:
-    """Writes (logp, entropy, shift, log2 sum) of merged states [4, N]."""
-    active = targets != transform.ignore_index
+def _store(merged: torch.Tensor, active: torch.Tensor, k: torch.Tensor | float, results) -> None:
+    """Writes (logp, entropy, shift, log2 sum) of merged states [4, N], 0 where a row is not active."""
     shift, total, dot, target = merged
     # A row left out has no statistics.
     total = torch.where(active, total, 1.0)
-    logp, entropy, log_sum = row_results(shift, total, dot, target, _scale_per_row(transform, shift.dtype))
+    logp, entropy, log_sum = row_results(shift, total, dot, target, k)
     for result, values in zip(results, (logp, entropy, shift, log_sum), strict=True):
         result.copy_(torch.where(active, values, 0.0))

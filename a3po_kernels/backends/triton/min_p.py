@@ -11,7 +11,7 @@ from ...core.checks import compute_dtype
 from ...core.transform import Transform
 from .launch import VOCABULARY_OPTIONS, device_guard, is_even, loads_of, row_arguments, triton_dtype
 from .math import LN2
-from .statistics import MERGED_ROWS, RUN_TIME, lanes_of, warps_of
+from .statistics import MERGED_ROWS, RUN_TIME, block_of_rows, lanes_of, warps_of
 from .tiles import lane_max, lane_sum, load_tile, pair_sums, row_pointer, tile_columns
 
 
@@ -94,10 +94,7 @@ def finish_min_p_kernel(
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The log-probabilities from the parts [parts, 2, rows] of a vocabulary, in their order. Grid (blocks of rows,)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = row < n_rows
-    target = tl.load(targets_ptr + row, mask=here, other=ignore_index).to(tl.int64)
-    active = here & (target != ignore_index)
+    row, here, active = block_of_rows(targets_ptr, n_rows, ignore_index, BLOCK)
     stride = n_rows.to(tl.int64)
     total = tl.zeros((BLOCK,), COMPUTE)
     target_t = tl.full((BLOCK,), float("nan"), COMPUTE)

@@ -225,6 +225,15 @@ def fold_statistics(
         )  # fmt: skip
 
 
+@triton.jit
+def block_of_rows(targets_ptr, n_rows, ignore_index, BLOCK: tl.constexpr):
+    """(numbers of this program's rows, whether they are there, whether they are computed)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < n_rows
+    target = tl.load(targets_ptr + row, mask=here, other=ignore_index).to(tl.int64)
+    return row, here, here & (target != ignore_index)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def merge_parts_kernel(
     states_ptr, targets_ptr, temperature_ptr, logp_ptr, entropy_ptr, shift_ptr, log_sum_ptr, n_rows, n_parts,
@@ -232,10 +241,7 @@ def merge_parts_kernel(
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Merges the states [parts, 4, rows] of a vocabulary's parts, in their order. Grid (blocks of rows,)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = row < n_rows
-    target = tl.load(targets_ptr + row, mask=here, other=ignore_index).to(tl.int64)
-    active = here & (target != ignore_index)
+    row, here, active = block_of_rows(targets_ptr, n_rows, ignore_index, BLOCK)
     k = tl.full((BLOCK,), exponent_scale, COMPUTE)
     if temperature_ptr is not None:
         k = k / tl.load(temperature_ptr + row * temperature_stride, mask=active, other=1.0).to(COMPUTE)
