@@ -8,17 +8,21 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
-ROOT = Path(__file__).resolve().parents[1]
-LINK = re.compile(r"\[([^\]]+)\]\(\.\./([^)#\s]+)(?:#[^)]*)?\)")
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)(?:#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Names the file in the link's place; PluginError if it is not there."""
 
     def named(match: re.Match[str]) -> str:
-        text, path = match[1], match[2]
-        if not (ROOT / path).exists():
-            raise PluginError(f"{page.file.src_path}: ../{path} is not a file of the repository")
-        return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
+        text, file = match[1], ((DOCS / page.file.src_path).parent / match[2]).resolve()
+        if file.is_relative_to(DOCS):
+            return match[0]
+        path = file.relative_to(ROOT)
+        if not file.exists():
+            raise PluginError(f"{page.file.src_path}: {path} is not a file of the repository")
+        return f"`{path}`" if text.strip("`") == str(path) else f"{text} (`{path}`)"
 
     return LINK.sub(named, markdown)

@@ -11,10 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-# What is not in the environment of the core package.
-OTHERS = re.compile(
-    r"^\s*(?:from|import) (?:a3po_kernels\.integrations|transformers|trl|peft|datasets)\b", re.MULTILINE
-)
+# What is not in the environment of the core package: the page's blocks run in the first whose pattern they have.
+IMPORT = r"^\s*(?:from|import) "
+ENVIRONMENTS = {
+    "verl": re.compile(IMPORT + r"(?:a3po_kernels\.integrations\.)?verl\b", re.MULTILINE),
+    "trl": re.compile(IMPORT + r"(?:a3po_kernels\.integrations|transformers|trl|peft|datasets)\b", re.MULTILINE),
+}
 
 
 def blocks(page: Path) -> list[str]:
@@ -23,9 +25,22 @@ def blocks(page: Path) -> list[str]:
     return ["\n" * text[: match.start(2)].count("\n") + match[2] for match in BLOCK.finditer(text)]
 
 
-def pages(others: bool) -> list[Path]:
-    """Pages with Python blocks: those that need a library of OTHERS, or those that do not."""
-    return [page for page in PAGES if (found := blocks(page)) and bool(OTHERS.search("".join(found))) == others]
+def names_in_table(page: Path, heading: str) -> list[str]:
+    """What the first column of the tables under a heading of the second level names in `code`."""
+    section = page.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
+
+
+def environment(page: Path) -> str | None:
+    """Where the page's blocks run: "core", or a key of ENVIRONMENTS; None without blocks."""
+    found = "".join(blocks(page))
+    return next((name for name, pattern in ENVIRONMENTS.items() if pattern.search(found)), "core" if found else None)
+
+
+def pages(where: str) -> list[Path]:
+    """The pages whose Python blocks run in this environment."""
+    return [page for page in PAGES if environment(page) == where]
 
 
 def run_blocks(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:

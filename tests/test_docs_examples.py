@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs; those that need transformers run in conformance/."""
+"""Every Python block of the README and of docs/ runs; those that need TRL or verl run in conformance/."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="natively")
 README = docs_examples.ROOT / "README.md"
 
 
-@pytest.mark.parametrize("page", docs_examples.pages(others=False), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", docs_examples.pages("core"), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run(page, tmp_path):
     result = docs_examples.run_blocks(page, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -49,8 +49,8 @@ def test_more_than_one_gpu_is_the_same_on_two_ranks():
 
 def test_no_block_is_left_out():
     """Each page with blocks is run here or in conformance, and no fence is written so that it is not found."""
-    run = {*docs_examples.pages(others=False), *docs_examples.pages(others=True)}
-    assert README in docs_examples.pages(others=False)
+    run = {page for where in ("core", "trl", "verl") for page in docs_examples.pages(where)}
+    assert README in docs_examples.pages("core")
     for page in docs_examples.PAGES:
         fences = len(re.findall(r"^\s*```\s*(?:python|py|pycon)\b", page.read_text(), re.MULTILINE))
         assert len(docs_examples.blocks(page)) == fences, page

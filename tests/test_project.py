@@ -129,7 +129,7 @@ def test_a_package_index_shows_the_readme(repository):
     assert all(target.startswith(("https://", "#")) for target in links)
     assert f"{repository}/raw/main/docs/images/summary_nvidia-h200.png" in images
     assert f"{repository}/actions/workflows/ci.yml/badge.svg" in images
-    assert f"{repository}/blob/main/docs/trainers.md#trl" in links
+    assert f"{repository}/blob/main/docs/trainers/trl.md#refused-with-a-reason" in links
 
 
 @pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
