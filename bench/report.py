@@ -204,6 +204,24 @@ def summary_columns(folder: Path, dtype: str = "bf16") -> list[tuple[str, list[d
     return columns
 
 
+def saving(columns: list[tuple[str, list[dict], int]]) -> str:
+    """The table in a sentence: ours from hidden states beside TRL's head, and what the first column leaves out."""
+    said, beside = [], (SUMMARY[0], next(line for line in SUMMARY if line[0] == "TRL"))
+    for text, rows, at in columns:
+        if not text.startswith("from hidden states"):
+            continue
+        ran = {row["provider"]: row for row in rows if not row["skipped"]}
+        if all(line[at] in ran for line in beside):
+            share = text.removeprefix("from hidden states, ")
+            found = [ran[line[at]] for line in beside]
+            taken = [f"{milliseconds(row['median_ms'])} and {row['peak_mb'] / 1000:.1f} GB" for row in found]
+            said.append((f"with {share}, " if share != text else "") + f"{taken[0]} where TRL's head takes {taken[1]}")
+    first = columns[0][1][0]
+    held = first["rows"] * first["vocabulary"] * (4 if first["dtype"] == "fp32" else 2) / 1e6
+    rest = f"The logits, {number(held)} MB, are an input of the first column; in the others they count where they are formed."
+    return (f"From hidden states: {'; '.join(said)}. " if said else "") + rest
+
+
 def summary(folders: Iterable[Path]) -> str:
     """One table a GPU: time and peak memory of forward and backward, ours, the peers' and the limit, in bf16."""
     parts = []
@@ -224,7 +242,8 @@ def summary(folders: Iterable[Path]) -> str:
                 said = row and (f"not run, {row['skipped']}" if row["skipped"] else row["note"])
                 if said and not line[0].startswith("**"):
                     notes.setdefault(line[0], []).extend(said.split("; "))
-            body.append((line[0], *cells))
+            if set(cells) != {"–"}:
+                body.append((line[0], *cells))
         limits = [next(row["limit_ms"] for row in rows if row["limit_ms"] is not None) for _, rows, _ in columns]
         body.append(("the limit", *(cell for limit in limits for cell in (milliseconds(limit), ""))))
         header = ["forward and backward", *(cell for title, _, _ in columns for cell in (title, "peak above inputs"))]
@@ -233,7 +252,8 @@ def summary(folders: Iterable[Path]) -> str:
         width = next((f", H = {row['hidden']}" for row in every if row["hidden"]), "")
         remarks = "; ".join(f"{name}: {', '.join(dict.fromkeys(texts))}" for name, texts in notes.items())
         parts.append(
-            f"{sizes['rows']} tokens, V = {sizes['vocabulary']}{width}, {sizes['dtype']}:\n\n{markdown(header, body)}"
+            f"{sizes['rows']} tokens, V = {sizes['vocabulary']}{width}, {sizes['dtype']}. {saving(columns)}\n\n"
+            + markdown(header, body)
             + (f"\n\n{remarks}." if remarks else "")
             + f"\n\n{origin(every)}; later kernels: not measured."
         )

@@ -74,6 +74,10 @@ def test_the_summary_is_of_the_rows():
     lines = [line.split("|")[1:-1] for line in report.summary([folder]).splitlines() if line.startswith("|")]
     table = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
     for label, *names in report.SUMMARY:
+        measured = [rows.get((name, names[name == "linear"], 1.0)) for name in ("logits", "linear")]
+        assert (label in table) == any(row and not row["skipped"] for row in measured)
+        if label not in table:
+            continue
         for at, (name, share) in enumerate((("logits", 1.0), ("linear", 1.0), ("linear", 0.2))):
             row = rows.get((name, names[name == "linear"], share))
             if row is None or row["skipped"]:
@@ -82,6 +86,18 @@ def test_the_summary_is_of_the_rows():
             time, memory = (float(cell.split()[0]) for cell in table[label][2 * at : 2 * at + 2])
             assert time == pytest.approx(row["median_ms"], rel=0.05) and abs(memory - row["peak_mb"]) <= 0.5
             assert float(table["the limit"][2 * at].split()[0]) == pytest.approx(row["limit_ms"], rel=0.05)
+
+
+def test_the_summary_begins_with_the_saving():
+    """The sentence's times and memory are those of the table's columns from hidden states, ours and TRL's."""
+    folder = harness.RESULTS / "nvidia-h200"
+    text = report.summary([folder]).split("\n")[0]
+    pairs = [(float(ms), float(gb)) for ms, gb in re.findall(r"(\d+) ms and (\d\.\d) GB", text)]
+    rows = {(row["provider"], row["active_fraction"]): row for row in report.rows_of("linear", folder)
+            if row["mode"] == "both" and row["dtype"] == "bf16"}  # fmt: skip
+    wanted = [rows[name, share] for share in (1.0, 0.2) for name in ("ours, one pass", "TRL head")]
+    assert pairs == [(round(row["median_ms"]), round(row["peak_mb"] / 1000, 1)) for row in wanted]
+    assert "2528 MB" in text  # 8320 x 151936 in bf16
 
 
 def test_a_changed_number_is_found():

@@ -43,7 +43,7 @@ def logged(tmp_path_factory):
     tokens.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokens.save_pretrained(folder / "model")
     launch = re.search(r"```bash\npython train\.py (.*?)\n```", TRL.read_text(), re.DOTALL)[1].replace("\\\n", " ")
-    flags = [*shlex.split(launch), *shlex.split(HERE), "--model_name_or_path", str(folder / "model")]
+    flags = [*shlex.split(launch), *shlex.split(HERE), "--model", str(folder / "model")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py", *flags])
