@@ -218,7 +218,7 @@ def saving(columns: list[tuple[str, list[dict], int]]) -> str:
             said.append((f"with {share}, " if share != text else "") + f"{taken[0]} where TRL's head takes {taken[1]}")
     first = columns[0][1][0]
     held = first["rows"] * first["vocabulary"] * (4 if first["dtype"] == "fp32" else 2) / 1e6
-    rest = f"The logits, {number(held)} MB, are an input of the first column; in the others they count where they are formed."
+    rest = f"The logits, {number(held)} MB, are an input of the first column; in the others they count, where formed."
     return (f"From hidden states: {'; '.join(said)}. " if said else "") + rest
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import a3po_kernels as ak
+from a3po_kernels.backends import choice
 from a3po_kernels.losses import stages
 from a3po_kernels.planning.step import HeadStep
 
@@ -241,3 +242,39 @@ def test_masks_of_other_kinds(mask, message):
 def test_shapes(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+# -- what would turn a gradient round, or run something slower ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_weights_below_zero_are_none(call):
+    weights = torch.full((B, T), 0.5)
+    weights[0, 1] = -0.7
+    with pytest.raises(ValueError, match=r"importance_weights must be at least 0: ratios, not .*; got -0\.7"):
+        call(importance_weights=weights)
+    with pytest.raises(ValueError, match="importance_weights must be at least 0"):
+        call(importance_weights=torch.tensor([-1.0, 1.0]))
+    mask = torch.ones(B, T)
+    mask[0, 1] = 0  # what is no token is not read
+    assert call(importance_weights=weights, mask=mask).loss.isfinite()
+
+
+def test_logits_with_their_vocabulary_in_the_middle():
+    with pytest.raises(ValueError, match=r"V as their last dimension, behind \[2, 3\]; got \[2, 7, 3\]"):
+        on_logits(logits=LOGITS.transpose(1, 2))
+
+
+def test_an_adapter_without_its_scale():
+    with pytest.raises(TypeError, match=r"lora must be a tuple .*; got 2 of them"):
+        on_hidden(lora=(torch.ones(2, H), torch.ones(V, 2)))
+
+
+@pytest.mark.parametrize(("capability", "found"), [((7, 5), False), ((8, 0), True)])
+def test_a_card_that_the_kernels_do_not_run_on_is_said(capability, found, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert choice._supports_triton.__wrapped__(torch.device("cuda")) == found
+    assert [str(warning.message) for warning in recwarn] == (
+        [] if found else ["cuda has compute capability 7.5: below 8.0 PyTorch runs, not the kernels"]
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -32,6 +33,12 @@ def choose(backend: str, device: torch.device) -> ModuleType:
 
 @functools.cache
 def _supports_triton(device: torch.device) -> bool:
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            got = ".".join(map(str, capability))
+            warnings.warn(f"{device} has compute capability {got}: below 8.0 PyTorch runs, not the kernels", stacklevel=2)
+        return capability >= (8, 0)
     if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return True
     return device.type == "xpu"

@@ -196,6 +196,12 @@ def check_rows(
             f"logits must have a dimension V behind the {targets.ndim} of targets; got {list(logits.shape)} for both: "
             "log-probs of tokens go to logprob_policy_loss"
         )
+    shape = targets.shape if isinstance(targets, torch.Tensor) else logits.shape[:-1]
+    if not same_shape(shape, logits.shape[:-1]) and same_shape(shape, (logits.shape[0], *logits.shape[2:])):
+        raise ValueError(
+            f"logits must have V as their last dimension, behind {list(shape)}; got {list(logits.shape)}: "
+            "logits.transpose(1, -1) perhaps"
+        )
     check_targets_shape("logits", targets, logits.shape[:-1])
     check_tensor("targets", targets, logits.shape[:-1], INDEX_DTYPES, logits.device)
     check_transform(temperature, softcap, logit_scale, targets.shape, logits.device)

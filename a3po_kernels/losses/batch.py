@@ -126,6 +126,7 @@ class TokenBatch:
             ignore_index, backend,
         )  # fmt: skip
         _check_divisor(objective, given.denominator, read, validate)
+        _check_importance(read, validate)
         counts, uneven = read.counts, None
         if context is None:
             position = _positions(layout, read.rollout) if calls_functions(objective) else None
@@ -187,6 +188,17 @@ def _check_divisor(objective: Objective, denominator: Any, read: ReadTokens, val
         raise ValueError(
             f"denominator must be positive where there are tokens: 0 would give a loss and a gradient of 0; got 0 with "
             f"{count} tokens"
+        )
+
+
+def _check_importance(read: ReadTokens, validate: bool) -> None:
+    """Raises ValueError for a weight below 0 at a token, which would turn its gradient round."""
+    if read.importance is None or not reads_values(read.importance, validate):
+        return
+    wrong = read.importance[read.tokens & (read.importance < 0)]
+    if wrong.numel():
+        raise ValueError(
+            f"importance_weights must be at least 0: ratios, not their logarithms; got {wrong[0].item():g}"
         )
 
 

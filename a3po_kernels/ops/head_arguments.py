@@ -66,7 +66,8 @@ def read_head(
 
 def _read_lora(lora: object, columns: int, width: int, device: torch.device) -> Lora:
     if not isinstance(lora, tuple) or len(lora) != 3:
-        raise TypeError(f"lora must be a tuple (A [r, H], B [V, r], scale); got {type(lora).__name__}")
+        got = f"{len(lora)} of them" if isinstance(lora, tuple) else type(lora).__name__
+        raise TypeError(f"lora must be a tuple (A [r, H], B [V, r], scale); got {got}")
     a, b, scale = lora
     check_tensor("lora A", a, dtypes=LOGIT_DTYPES, device=device)
     check_tensor("lora B", b, dtypes=LOGIT_DTYPES, device=device)
