@@ -276,5 +276,5 @@ def test_a_card_that_the_kernels_do_not_run_on_is_said(capability, found, monkey
     monkeypatch.setattr(torch.version, "hip", None)
     assert choice._supports_triton.__wrapped__(torch.device("cuda")) == found
     assert [str(warning.message) for warning in recwarn] == (
-        [] if found else ["cuda has compute capability 7.5: below 8.0 PyTorch runs, not the kernels"]
+        [] if found else ["cuda has compute capability 7.5: below 8.0 PyTorch runs, no kernel"]
     )

@@ -37,7 +37,7 @@ def _supports_triton(device: torch.device) -> bool:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             got = ".".join(map(str, capability))
-            warnings.warn(f"{device} has compute capability {got}: below 8.0 PyTorch runs, not the kernels", stacklevel=2)
+            warnings.warn(f"{device} has compute capability {got}: below 8.0 PyTorch runs, no kernel", stacklevel=2)
         return capability >= (8, 0)
     if device.type == "cuda":
         return True
