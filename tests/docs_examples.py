@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -17,6 +18,8 @@ ENVIRONMENTS = {
     "verl": re.compile(IMPORT + r"(?:a3po_kernels\.integrations\.)?verl\b", re.MULTILINE),
     "trl": re.compile(IMPORT + r"(?:a3po_kernels\.integrations|transformers|trl|peft|datasets)\b", re.MULTILINE),
 }
+# Of frameworks that no environment here has: tests/test_trainer_pages.py runs them.
+ELSEWHERE = [ROOT / "docs" / "trainers" / f"{name}.md" for name in ("megatron", "nemo-rl", "prime-rl", "slime")]
 
 
 def blocks(page: Path) -> list[str]:
@@ -32,8 +35,32 @@ def names_in_table(page: Path, heading: str) -> list[str]:
     return [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
 
 
+def strings_of(source: Path) -> list[str]:
+    """The literal strings of a Python file, "…" in the place of what is formatted into them."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return found
+
+
+def has_message(text: str, quoted: str) -> bool:
+    """Whether a string has the pieces of a message, quoted with "…" or "..." between them, in their order."""
+    at = 0
+    for piece in filter(None, (part.strip() for part in re.split(r"…|\.\.\.", quoted))):
+        at = text.find(piece, at)
+        if at < 0:
+            return False
+        at += len(piece)
+    return True
+
+
 def environment(page: Path) -> str | None:
-    """Where the page's blocks run: "core", or a key of ENVIRONMENTS; None without blocks."""
+    """Where the page's blocks run: "core", "stand-ins", or a key of ENVIRONMENTS; None without blocks."""
+    if page in ELSEWHERE:
+        return "stand-ins"
     found = "".join(blocks(page))
     return next((name for name, pattern in ENVIRONMENTS.items() if pattern.search(found)), "core" if found else None)
 

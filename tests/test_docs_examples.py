@@ -48,8 +48,8 @@ def test_more_than_one_gpu_is_the_same_on_two_ranks():
 
 
 def test_no_block_is_left_out():
-    """Each page with blocks is run here or in conformance, and no fence is written so that it is not found."""
-    run = {page for where in ("core", "trl", "verl") for page in docs_examples.pages(where)}
+    """Each page with blocks is run here, in conformance or on stand-ins, and no fence is overlooked."""
+    run = {page for where in ("core", "trl", "verl", "stand-ins") for page in docs_examples.pages(where)}
     assert README in docs_examples.pages("core")
     for page in docs_examples.PAGES:
         fences = len(re.findall(r"^\s*```\s*(?:python|py|pycon)\b", page.read_text(), re.MULTILINE))

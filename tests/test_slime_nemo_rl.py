@@ -68,6 +68,27 @@ def slime_formula(keep: bool, entropy: bool, grad: bool) -> dict:
     return {"logprobs": logprobs.detach(), "entropy": expected if entropy else None, "logits": logits.grad}
 
 
+class Reloadable(dist.ProcessGroup):
+    """slime's ReloadableProcessGroup: a group of its own rank and size, without a name, around the real one."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        self.group = group
+
+    def __getattr__(self, name: str):
+        return getattr(self.group, name)
+
+
+def run_wrapped() -> dict:
+    p = problem()
+    logits, keep = part(p["logits"], 1).requires_grad_(), part(p["keep"], 1)
+    found = slime.calculate_log_probs_and_entropy(
+        logits, p["tokens"], Reloadable(dist.group.WORLD), True, log_prob_keep_mask=keep
+    )
+    ((found[0].squeeze(-1) * p["factors"][0]).sum() + (found[1] * p["factors"][1]).sum()).backward()
+    return {"logprobs": found[0][:, 0].detach(), "entropy": found[1].detach(), "logits": logits.grad}
+
+
 def run_nemo(**options) -> dict:
     p, rank = problem(), dist.get_rank()
     hidden, weight = part(p["hidden"]).requires_grad_(), part(p["weight"]).requires_grad_()
@@ -94,7 +115,7 @@ def run_all() -> dict:
 
     empty = slime.calculate_log_probs_and_entropy(logits[:0], p["tokens"][:0], world, with_entropy=True)
     return {
-        "slime": [run_slime(*case) for case in SLIME], "empty": [x.shape for x in empty],
+        "slime": [run_slime(*case) for case in SLIME], "wrapped": run_wrapped(), "empty": [x.shape for x in empty],
         "nemo": [run_nemo(**options) for options in ({}, {"chunk_size": 2}, {"inference_only": True})],
         "refused": [refused(call) for call in (
             lambda: slime.calculate_log_probs_and_entropy(logits, p["tokens"], world, chunk_size=4),
@@ -123,6 +144,10 @@ def check(each: list[dict], expected: dict, split: dict[str, int]) -> None:
 @pytest.mark.parametrize("number", range(len(SLIME)))
 def test_slime(ranks, number):
     check([rank["slime"][number] for rank in ranks], slime_formula(*SLIME[number]), {"logits": 1})
+
+
+def test_slime_in_the_group_that_slime_hands_over(ranks):
+    check([rank["wrapped"] for rank in ranks], slime_formula(True, True, True), {"logits": 1})
 
 
 def test_slime_without_a_group_on_one_process():

@@ -1,7 +1,8 @@
-"""NeMo-RL 0.6: its from_parallel_hidden_states_to_logprobs (nemo_rl/distributed/model_utils.py) by our linear head.
+"""NeMo-RL 0.7: its from_parallel_hidden_states_to_logprobs (nemo_rl/distributed/model_utils.py) by our linear head.
 
 patch_gpt_model_forward_for_linear_ce_fusion calls the function by its name in that module: set the attribute there.
-Nothing of NeMo-RL is imported.
+So too at commit 7ea279abfbeb698b092856d0dab61e7cf39bc909 of the main branch; 0.6.0 passes one more argument. Nothing of
+NeMo-RL is imported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """slime 0.3: its calculate_log_probs_and_entropy (slime/utils/ppo_utils.py) by token_logprobs, on split logits.
 
 slime.backends.megatron_utils.loss imports the function by name: set that attribute of the module. No import of slime.
+Its groups are ReloadableProcessGroups (slime/utils/reloadable_process_group.py), which have no name of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def calculate_log_probs_and_entropy(
     Args:
         logits: [T, V / tp], the temperature applied. tokens: [T], int64, of the whole vocabulary: row i predicts
             tokens[i].
-        tp_group: the tensor-parallel group. None, which slime takes for all ranks, is refused where there are more.
+        tp_group: the tensor-parallel group, or slime's wrapper of one. None, which slime takes for all ranks, is
+            refused where there are more.
         chunk_size: -1; slime's bound on temporaries of the logits' size, of which there are none here.
         log_prob_keep_mask: bool [T, V / tp]: log-probs are of the kept columns and the token's own, for which the
             logits are copied. The entropy is of all columns.
@@ -45,6 +47,9 @@ def calculate_log_probs_and_entropy(
         raise ValueError(f"chunk_size must be -1: there is no temporary of the logits' size to bound; got {chunk_size}")
     if tp_group is None and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError("tp_group must be a group: slime takes None for all ranks, others for none; got None")
+    inner = getattr(tp_group, "group", None)
+    if isinstance(inner, dist.ProcessGroup):  # operators go by a group's name, which the wrapper lacks
+        tp_group = inner
     if not logits.shape[0]:
         empty = logits.new_zeros((0,))
         return empty, empty if with_entropy else None

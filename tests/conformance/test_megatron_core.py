@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import io
 import itertools
 import sys
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
+import docs_examples
 import pytest
 import torch
 
@@ -24,6 +27,7 @@ from megatron.core.transformer.module import float16_to_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_stand_in import KEYWORDS
 from ranks import on_ranks
+from trainer_stand_ins import printed_losses
 
 from a3po_kernels import a3po, logprob_policy_loss
 from a3po_kernels.integrations.megatron import HeadContext, output_processor
@@ -40,8 +44,9 @@ V, H, B, S, LAYERS = 64, 32, 2, 8, 2
 
 
 def on_the_cpu() -> None:
-    """Megatron asks CUDA for a device and a state of random numbers, and refuses torch's norm its own flag."""
+    """Megatron asks CUDA for a device, a stream and a state of random numbers, and refuses torch's norm its flag."""
     torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_stream = lambda: None
     CudaRNGStatesTracker.fork = lambda self, *_, **__: contextlib.nullcontext()
     make = torch_norm.WrappedTorchNorm.__new__
 
@@ -248,6 +253,32 @@ def test_gpt_model_through_verls_processor():
         for found in each:
             assert len(found) > 10
             assert max(found.values()) < 2e-5, found
+
+
+def run_script(script: str, tensor_parallel: int) -> str:
+    """What a rank prints of the manual's script, in the group that is there already."""
+    on_the_cpu()
+    sys.argv = ["train_megatron.py", "--tp", str(tensor_parallel)]
+    dist, printed = torch.distributed, io.StringIO()
+    with (
+        mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"),
+        mock.patch.object(torch.cuda, "is_available", return_value=False), contextlib.redirect_stdout(printed),
+    ):  # fmt: skip
+        exec(compile(script, "train_megatron.py", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+def test_the_script_of_the_manual():
+    """Four steps that lower the loss, the same split over two ranks; two data-parallel ranks have twice the tokens."""
+    [script] = docs_examples.blocks(docs_examples.ROOT / "docs" / "trainers" / "megatron.md")
+    [whole], [split, _], [data, _] = (
+        on_ranks(ranks, run_script, script, tensor_parallel) for ranks, tensor_parallel in ((1, 1), (2, 2), (2, 1))
+    )
+    losses = printed_losses(whole)
+    assert len(losses) == 4 and abs(losses[0]) < 1e-6 and losses[3] < losses[2] < losses[1] < -1e-3
+    assert printed_losses(split) == pytest.approx(losses, abs=2e-6)
+    assert "'token_count': 192.0" in whole and "'token_count': 192.0" in split
+    assert "'token_count': 384.0" in data and printed_losses(data)[3] < -1e-3
 
 
 def test_the_call_has_the_keywords_of_ours():
