@@ -114,7 +114,7 @@ def read(argv: Sequence[str] | None) -> Asked:
     card, model = find_card(args.gpu, "--gpu"), _model(args)
     dtype = DTYPES[args.dtype] if args.dtype else model.dtype or torch.bfloat16
     if dtype.itemsize != 2 and args.tflops is None:
-        raise ValueError(f"the cards' rates are of bf16 and fp16; give --tflops for a head in {dtype}")
+        raise ValueError(f"the cards' rates are of bf16 and fp16; give --tflops for a head in {dtype}, or --dtype")
     if args.device_memory is not None:
         card = replace(card, memory=args.device_memory)
     step = HeadStep(
