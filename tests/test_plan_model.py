@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import INTERPRETED
 
-from a3po_kernels.planning.model import Model, assumed_model, read_model
+from a3po_kernels.planning import CARDS, HeadStep, Model, assumed_model, make_plan, read_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="arithmetic, natively")
 # Heads of 16, four of queries and two of keys: q and o 64 x 64, k and v 64 x 32; three matrices 64 x 128.
@@ -132,3 +132,12 @@ def test_what_is_refused(written, entries, message):
 def test_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"model must be a config.json or a folder with one; got .*: No such file"):
         read_model(tmp_path)
+
+
+def test_a_plan_of_another_card_or_head():
+    step = HeadStep(64, 1000, 64)
+    with pytest.raises(ValueError, match=r"^step must have device_memory = \d+, its card's; got 150000000000"):
+        make_plan(step, CARDS["h100"], assumed_model(64, 1000))
+    with pytest.raises(ValueError, match=r"^model must have a head of 1000 x 64, as step has; got 1000 x 32"):
+        make_plan(step, CARDS["h200"], assumed_model(32, 1000))
+    assert make_plan(step, CARDS["h200"], assumed_model(64, 1000)).share is None

@@ -102,10 +102,15 @@ def make_plan(
     """step: on cards of this kind. machine: None: Machine.of(card). mfu: of the model below the head, an assumption.
     weight_gradient: as estimate_step takes it. flops: of the limit, where the card's 16-bit rate is not the head's.
 
-    Raises ValueError for an mfu outside (0, 1].
+    Raises ValueError for an mfu outside (0, 1], and for a step or a model of another card or head.
     """
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must lie in (0, 1]; got {mfu}")
+    if step.device_memory != card.memory:
+        raise ValueError(f"step must have device_memory = {card.memory}, its card's; got {step.device_memory}")
+    if (step.vocabulary, step.width) != (model.vocabulary, model.hidden):
+        takes = f"a head of {step.vocabulary} x {step.width}, as step has"
+        raise ValueError(f"model must have {takes}; got {model.vocabulary} x {model.hidden}")
     machine = Machine.of(card) if machine is None else machine
     estimate, tile, why = estimate_step(step, machine, weight_gradient), step.tile(), why_not_beside(step)
     count = len(step.chunks()) if step.taken_route == "one-pass" else tile.row_count * tile.column_count
