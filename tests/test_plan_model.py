@@ -37,6 +37,13 @@ def test_a_dense_model(written):
     assert written(without).parameters == 2 * (4 * 64 * 64 + MLP)  # as many of keys as of queries
 
 
+def test_families(written):
+    assert "of model_type None not checked, MLPs taken to have a gate" in written(DENSE).origin
+    gated, ungated = (written({**DENSE, "model_type": family}) for family in ("qwen3", "gpt_neox"))
+    assert gated.parameters == 2 * (ATTENTION + MLP) and ungated.parameters == 2 * (ATTENTION + 2 * 64 * 128)
+    assert gated.origin.endswith("by config.json") and gated.origin == ungated.origin
+
+
 def test_dtype_and_tied(written):
     assert written({**DENSE, "torch_dtype": "float16"}).dtype == torch.float16
     assert written({**DENSE, "dtype": "torch.bfloat16", "torch_dtype": "float32"}).dtype == torch.bfloat16

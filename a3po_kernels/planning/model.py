@@ -15,6 +15,14 @@ NESTED = ("thinker_config", "text_config", "language_config", "llm_config")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 RECURRENT = ("ssm_cfg", "mamba_d_state", "attn_layer_period", "layers_block_type", "hybrid_override_pattern")
+# Families (model_type) whose parameters were counted: their MLP has a gate, three matrices, or none, two.
+GATED = frozenset(
+    "bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 diffllama ernie4_5 exaone4 gemma gemma2 "
+    "gemma3_text glm4_moe gpt_oss granite granitemoe granitemoeshared hyperclovax internlm3 llama minicpm3 minimax_m2 "
+    "ministral3 mistral mixtral olmo olmo2 olmo3 olmoe phimoe qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text qwen3 "
+    "qwen3_moe qwen3_vl_text qwen3_vl_moe_text seed_oss solar_open stablelm vaultgemma youtu".split()
+)
+UNGATED = frozenset("apertus arcee gpt_neox jais2 nanochat nemotron persimmon phi starcoder2".split())
 FULL, WINDOW = "full_attention", "sliding_attention"
 
 
@@ -155,9 +163,9 @@ def _mlp_widths(entries: _Entries, layers: int) -> Iterator[tuple[int, int]]:
 def read_model(path: str | Path) -> Model:
     """The model of a Hugging Face config.json, or of the folder that holds one, read as JSON.
 
-    A vision-language model's is its text model. MLPs are taken to have a gate, three matrices. Raises ValueError with
-    the file and the entry for one that is missing or no number; layers of a kind that is not known (linear attention)
-    leave `parameters` unknown.
+    A vision-language model's is its text model. The parameters of a family that was not checked are by the entries
+    that most share, and `origin` says so; layers of a kind that is not known (linear attention) leave them unknown.
+    Raises ValueError with the file and the entry for one that is missing or of another kind.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -177,9 +185,13 @@ def read_model(path: str | Path) -> Model:
         raise ValueError(f"{path}: layer_types must have num_hidden_layers = {layers} entries; got {len(kinds)}")
     attention, keys = _attention(entries, hidden)
     widths = list(_mlp_widths(entries, layers))
-    parameters = layers * attention + sum(3 * hidden * width + hidden * experts for width, experts in widths)
+    family = raw.get("model_type")
+    matrices = 2 if family in UNGATED else 3
+    parameters = layers * attention + sum(matrices * hidden * width + hidden * experts for width, experts in widths)
     windows = kinds.count(WINDOW)
     origin = f"{parameters / 1e9:.2f} G parameters that a token meets, by {path.name}"
+    if family not in GATED and family not in UNGATED:
+        origin += f"; of model_type {family!r} not checked, MLPs taken to have a gate"
     if raw.get("sliding_window") and not raw.get("layer_types") and raw.get("use_sliding_window") is not False:
         origin += "; no layer_types: every layer taken to see all tokens"
     window = entries.whole("sliding_window") if windows else 0
