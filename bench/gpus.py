@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from a3po_kernels.planning.cards import CARDS
+
 LIMIT_ROWS, LIMIT_VOCABULARY = 8192, 151936
 
 
@@ -33,11 +35,11 @@ class Gpu:
 
 # Boost clocks; an SM has four schedulers of 32 lanes, a CDNA 3 compute unit four SIMDs of 16.
 GPUS = (
-    Gpu("A100", "sm_80", 108, 128, 1.41e9, 2.039e12),
-    Gpu("H100", "sm_90", 132, 128, 1.98e9, 3.35e12),
-    Gpu("H200", "sm_90", 132, 128, 1.98e9, 4.8e12),
-    Gpu("B200", "sm_100", 148, 128, 1.965e9, 8.0e12),
-    Gpu("MI300X", "gfx942", 304, 64, 2.1e9, 5.3e12),
+    Gpu("A100", "sm_80", 108, 128, 1.41e9, CARDS["a100"].bandwidth),
+    Gpu("H100", "sm_90", 132, 128, 1.98e9, CARDS["h100"].bandwidth),
+    Gpu("H200", "sm_90", 132, 128, 1.98e9, CARDS["h200"].bandwidth),
+    Gpu("B200", "sm_100", 148, 128, 1.965e9, CARDS["b200"].bandwidth),
+    Gpu("MI300X", "gfx942", 304, 64, 2.1e9, CARDS["mi300x"].bandwidth),
 )
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -28,10 +25,8 @@ from a3po_kernels.planning import (
     estimate_memory,
     estimate_step,
     seconds_of_collective,
-    traffic_of_step,
     wire_bytes,
 )
-from a3po_kernels.planning.__main__ import main
 from a3po_kernels.planning.step import weight_gradient_traffic
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="arithmetic, natively")
@@ -202,6 +197,10 @@ def test_routes_are_the_heads(name, on_policy):
             12, 50, 6, torch.float32, objective, on_policy=on_policy, rollouts=3, max_chunk_bytes=budget,
         )  # fmt: skip
         assert step.taken_route == found.route, (rows, step.unit)
+        known = {"objective": objective, "dtype": torch.float32, "max_chunk_bytes": budget, "rollouts": 3}
+        auto = estimate_memory(12, 6, 50, **known, on_policy=on_policy)
+        assert auto == estimate_memory(12, 6, 50, **known, on_policy=on_policy, route=found.route)
+        assert auto != estimate_memory(12, 6, 50, **known, route="statistics")
 
 
 def test_wire_bytes_and_seconds():
@@ -279,24 +278,31 @@ def test_an_adapter_costs_its_products():
 def test_memory_is_of_the_shard():
     step = HeadStep(1000, 32001, 64, tp=8, hidden_layout="sequence_sharded", active_fraction=0.5)
     found = estimate_step(step).memory
-    alone = estimate_memory(1000, 64, 4001, active_fraction=0.5, device="cuda", device_memory=step.device_memory)
+    alone = estimate_memory(1000, 64, 4001, active_fraction=0.5, device_memory=step.device_memory)
     assert {name: found[name] for name in alone if name != "total"} == {k: v for k, v in alone.items() if k != "total"}
     # The gathered hidden states, and a rank's share of dHidden.
     assert found["collectives"] == 1000 * 64 * 2 + 1000 * 64 * 4 // 8
-    assert found["total"] == alone["total"] + found["collectives"] == sum(v for k, v in found.items() if k != "total")
+    assert found["total"] == alone["total"] + found["collectives"] == sum(found.peak.values())
+    assert found.moment == alone.moment
+
+
+def test_two_chunks_of_a_split_head_live_at_a_time():
+    """SMALL's chunks are of 4 rows of 50 numbers of 4 bytes; alone, of 8 rows of 50."""
+    assert estimate_step(SMALL).memory["logits_chunk"] == 2 * 4 * 50 * 4
+    assert estimate_step(replace(SMALL, vocabulary=50, tp=1)).memory["logits_chunk"] == 5 * 50 * 4  # two even ones
+    assert estimate_step(replace(SMALL, max_chunk_bytes=2000)).memory["logits_chunk"] == 10 * 50 * 4  # all in one
 
 
 def test_memory_of_a_card_that_is_not_here():
     """Its default chunk: 1/32 of it in one pass, 1/128 at most 1 GiB where logits are formed again."""
-    sizes = {"rows": 100_000, "width": 64, "vocabulary": 32000, "device": "cuda"}
+    sizes = {"rows": 100_000, "width": 64, "vocabulary": 32000}
     for route, memory, budget in (
         ("one-pass", 80 << 30, (80 << 30) // 32), ("recompute", 80 << 30, (80 << 30) // 128),
         ("recompute", 180 << 30, 1 << 30), ("one-pass", 1 << 30, 64 << 20),
     ):  # fmt: skip
         found = estimate_memory(**sizes, route=route, device_memory=memory)
-        assert found == estimate_memory(**sizes, route=route, max_chunk_bytes=budget)
-    with pytest.raises(ValueError, match="device_memory is the positive size of a GPU; got 5 for device 'cpu'"):
-        estimate_memory(10, 10, 10, device_memory=5)
+        assert found == estimate_memory(**sizes, route=route, max_chunk_bytes=budget, device="cuda")
+        assert found == estimate_memory(**sizes, route=route, device_memory=memory, device="cuda:1")
 
 
 def test_more_ranks_never_move_fewer_bytes():
@@ -313,7 +319,8 @@ def test_more_ranks_never_move_fewer_bytes():
         ({"route": "statistics"}, "route must be one of"), ({"grad_hidden": "sum"}, "grad_hidden must be one of"),
         ({"hidden_layout": "sharded"}, "hidden_layout must be one of"), ({"statistics": "some"}, "statistics must be"),
         ({"hidden_layout": "sequence_sharded", "grad_hidden": "all_reduce"}, "grad_hidden must be 'reduce_scatter'"),
-        ({"active_fraction": 1.5}, "active_fraction must lie in"), ({"lora_rank": -1}, "lora_rank must be 0 or more"),
+        ({"active_fraction": 1.5}, "active_fraction must be finite and lie in"),
+        ({"lora_rank": -1}, "lora_rank must be 0 or more"),
         ({"max_chunk_bytes": 0}, "max_chunk_bytes must be positive or None"),
         ({"cp": 2, "objective": lp_reg()}, "objective with cp = 2: the rounds of a selection over the batch"),
         ({"route": "one-pass", "objective": lp_reg()}, "needs a chunk that holds a whole batch"),
@@ -335,59 +342,3 @@ def test_errors_of_the_machine():
         estimate_step(SMALL, weight_gradient="none")
     with pytest.raises(ValueError, match="kind must be one of"):
         wire_bytes("broadcast", 1, 2)
-
-
-ARGUMENTS = ["--rows", "10", "--vocabulary", "100", "--width", "6", "--tp", "2", "--dp", "3", "--dtype", "fp32",
-             "--max-chunk-bytes", "1600", "--rollouts", "5"]  # fmt: skip
-
-
-def test_the_command_prints_what_python_gives(capsys):
-    step = replace(SMALL, objective=presets["a3po"](), dp=3, reduce_metrics=True)
-    main([*ARGUMENTS, "--json", "--link-gb-per-s", "7", "--no-overlap"])
-    found = json.loads(capsys.readouterr().out)
-    machine = Machine(network_bandwidth=7e9, overlap=False)
-    expected = estimate_step(step, machine)
-    assert found["machine"]["network_bandwidth"] == 7e9 and found["machine"]["node_latency"] == machine.node_latency
-    for name in ("seconds", "operations", "wire_bytes", "efficiency", "memory"):
-        assert found["estimate"][name] == pytest.approx(getattr(expected, name))
-    assert [line["traffic"]["bytes"] for line in found["estimate"]["collectives"]] == [
-        traffic.bytes for traffic in traffic_of_step(step)
-    ]
-    main(ARGUMENTS)
-    text = capsys.readouterr().out
-    assert "6 GPUs: tp 2, cp 1, dp 3; one-pass, 10 rows in 3 chunks" in text
-    assert "dHidden" in text and "Assumed, not measured: within a node 450 GB/s, 10 us" in text
-
-
-def test_every_option_of_the_command_arrives():
-    from a3po_kernels.planning.__main__ import read
-
-    changed = {
-        "--objective": ("gspo", "objective", gspo()), "--cp": ("2", "cp", 2),
-        "--route": ("recompute", "route", "recompute"),
-        "--active-fraction": ("0.5", "active_fraction", 0.5), "--statistics": ("active", "statistics", "active"),
-        "--grad-hidden": ("partial", "grad_hidden", "partial"), "--lora-rank": ("4", "lora_rank", 4),
-        "--hidden-layout": ("sequence_sharded", "hidden_layout", "sequence_sharded"),
-        "--on-policy": (None, "on_policy", True), "--frozen-weight": (None, "frozen_weight", True),
-        "--no-reduce-metrics": (None, "reduce_metrics", False), "--device-memory": ("99", "device_memory", 99),
-        "--tflops": ("2", "flops", 2e12), "--copy-gb-per-s": ("3", "copy", 3e9),
-        "--gpus-per-node": ("4", "gpus_per_node", 4), "--node-gb-per-s": ("5", "node_bandwidth", 5e9),
-        "--node-us": ("6", "node_latency", 6e-6), "--link-gb-per-s": ("7", "network_bandwidth", 7e9),
-        "--link-us": ("8", "network_latency", 8e-6), "--algorithm": ("ring", "algorithm", "ring"),
-        "--no-overlap": (None, "overlap", False),
-    }  # fmt: skip
-    _, plain, rates = read(ARGUMENTS)
-    for option, (value, name, expected) in changed.items():
-        _, step, machine = read([*ARGUMENTS, option, *([] if value is None else [value])])
-        holder = step if hasattr(step, name) else machine
-        assert getattr(holder, name) == expected, option
-        assert holder == replace(plain if holder is step else rates, **{name: expected}), option
-
-
-def test_it_runs_as_a_module_without_a_warning():
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "a3po_kernels.planning", *ARGUMENTS]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and "efficiency" in result.stdout, result.stderr
-    wrong = subprocess.run([*command, "--tp", "1000"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "tp = 1000 ranks cannot share vocabulary = 100" in wrong.stderr
-    assert "Traceback" not in wrong.stderr

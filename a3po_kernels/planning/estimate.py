@@ -1,17 +1,21 @@
 """Time of a step over many ranks: products at a sustained rate, collectives by latency and bandwidth of their links.
 
-Rates and bandwidths are arguments. The defaults of the products and of memory were measured on one H200; those of the
-links are assumptions, as is that what may overlap does.
+Rates and bandwidths are arguments, or a card's of cards.py. The defaults of the products and of memory were measured on
+one H200; those of the links are assumptions, as is that what may overlap does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .memory import estimate_memory
+from ..core.checks import check_word
+from .cards import CARDS, REFERENCE, Card, Rates
+from .memory import MemoryEstimate, memory_of_step
 from .step import HeadStep, Traffic, traffic_of_step, weight_gradient_traffic
 
 ALGORITHMS = ("tree", "ring")
+WEIGHT_GRADIENTS = ("reduce_scatter", "all_reduce")
+_RATES: Rates = CARDS[REFERENCE].rates
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,10 @@ class Machine:
     may run beside.
     """
 
-    flops: float = 705e12
-    copy: float = 4.25e12
+    flops: float = _RATES.flops
+    copy: float = _RATES.copy
     gpus_per_node: int = 8
-    node_bandwidth: float = 450e9
+    node_bandwidth: float = CARDS[REFERENCE].link
     node_latency: float = 10e-6
     network_bandwidth: float = 50e9
     network_latency: float = 25e-6
@@ -41,8 +45,13 @@ class Machine:
         for name in ("node_latency", "network_latency"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {ALGORITHMS}; got {self.algorithm!r}")
+        check_word("algorithm", self.algorithm, ALGORITHMS)
+
+    @classmethod
+    def of(cls, card: Card, **changes) -> Machine:
+        """A node of eight such cards, at its rates and its data sheet's link; the network as ever is assumed."""
+        rates = card.rates
+        return cls(**{"flops": rates.flops, "copy": rates.copy, "node_bandwidth": card.link, **changes})
 
     def link(self, span: int) -> tuple[float, float]:
         """(latency, bandwidth) between ranks that lie in `span` neighbouring GPUs."""
@@ -68,8 +77,9 @@ class StepEstimate:
 
     operations, seconds_products: of the matrix products; seconds_kernels: of the passes over the logits.
     seconds_one_gpu: the replica's whole step on one GPU. efficiency: seconds_one_gpu / (tp cp seconds), which is also
-    the step's tokens a second over ranks times those of one GPU. memory: bytes by part, of estimate_memory with V / tp
-    and the collectives' buffers. weight_gradient: the trainer's own reduction, in no sum of these.
+    the step's tokens a second over ranks times those of one GPU. memory: bytes by part, as estimate_memory's, of a
+    rank's rows and V / tp, with an adapter and the collectives' buffers. weight_gradient: the trainer's own reduction,
+    in no sum of these.
     """
 
     route: str
@@ -85,14 +95,13 @@ class StepEstimate:
     wire_bytes: int
     collectives: tuple[Timed, ...]
     weight_gradient: Timed | None
-    memory: dict[str, int]
+    memory: MemoryEstimate
 
 
 def wire_bytes(kind: str, size: int, ranks: int) -> int:
     """Bytes that a rank sends, and receives, in a bandwidth-optimal collective over an input of `size` bytes a rank."""
     shares = {"all_gather": ranks * (ranks - 1), "all_reduce": 2 * (ranks - 1), "reduce_scatter": ranks - 1}
-    if kind not in shares:
-        raise ValueError(f"kind must be one of {tuple(shares)}; got {kind!r}")
+    check_word("kind", kind, tuple(shares))
     return -(-size * shares[kind] // ranks)
 
 
@@ -140,20 +149,14 @@ def _timed(step: HeadStep, machine: Machine, traffic: Traffic) -> Timed:
     return Timed(traffic, ranks, wire, traffic.count * each, traffic.count * max(0.0, each - hidden))
 
 
-def _memory(step: HeadStep) -> dict[str, int]:
-    parts = estimate_memory(
-        step.tokens, step.width, step.shard, step.dtype, step.objective, route=step.taken_route,
-        active_fraction=step.active_fraction, statistics=step.statistics, frozen_weight=step.frozen_weight,
-        max_chunk_bytes=step.max_chunk_bytes, device="cuda", device_memory=step.device_memory,
-    )  # fmt: skip
-    total = parts.pop("total")
+def _memory(step: HeadStep) -> MemoryEstimate:
     lora = step.wide * step.lora_rank * (step.shard + step.width + 2 * step.tokens)
     results = {
         "all_gather": step.tp * max((t.bytes for t in traffic_of_step(step) if t.kind == "all_gather"), default=0),
         "reduce_scatter": sum(t.bytes // step.tp for t in traffic_of_step(step) if t.kind == "reduce_scatter"),
     }
     buffers = sum(results.values()) if step.tp > 1 else 0
-    return {**parts, "lora": lora, "collectives": buffers, "total": total + lora + buffers}
+    return memory_of_step(step).beside(lora=lora, collectives=buffers)
 
 
 def _compute_seconds(step: HeadStep, machine: Machine) -> tuple[int, float, float]:
@@ -174,8 +177,7 @@ def estimate_step(
     narrow shards of the vocabulary keep a GEMM less busy than wide ones.
     """
     machine = Machine() if machine is None else machine
-    if weight_gradient not in ("reduce_scatter", "all_reduce"):
-        raise ValueError(f"weight_gradient must be 'reduce_scatter' or 'all_reduce'; got {weight_gradient!r}")
+    check_word("weight_gradient", weight_gradient, WEIGHT_GRADIENTS)
     operations, products, kernels = _compute_seconds(step, machine)
     timed = tuple(_timed(step, machine, traffic) for traffic in traffic_of_step(step))
     exposed = sum(line.exposed for line in timed)

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..core.checks import compute_dtype
-from ..core.tiles import card_chunk_bytes, row_tiles
+from ..core.checks import LOGIT_DTYPES, check_number, check_word, compute_dtype
+from ..core.tiles import Tiles, card_chunk_bytes, column_tiles, row_tiles
+from ..losses.linear import ROUTES, STATISTICS
 from ..losses.ratio_weights import reads_rollout
 from ..losses.rows import dependence
 from ..named_objectives import as_objective, dapo
 from ..objectives import CustomSurrogate, Objective, TokenRule
 from ..parallel.vocabulary import LAYOUTS, REDUCTIONS
+from .cards import CARDS
 
-H200_BYTES = 150_000_000_000  # as CUDA reports it
+H200_BYTES = CARDS["h200"].memory
 REDUCED_METRICS = 18  # fp64 numbers that reduce_metrics gathers
 PLACE_BYTES = 3  # of a position within blocks that ranks hold
 DIGITS = 256  # counts of one round of a radix search
@@ -38,6 +40,14 @@ class Traffic:
     count: int = 1
     behind: str = ""
     rows: int = 0
+
+
+def check_whole(name: str, value: object, least: int, takes: str) -> None:
+    """Raises TypeError for what is no whole number, ValueError below the least."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number; got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be {takes}; got {value}")
 
 
 @dataclass(frozen=True)
@@ -82,20 +92,18 @@ class HeadStep:
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", as_objective(self.objective))
         for name in ("rows", "vocabulary", "width", "rollouts", "tp", "cp", "dp", "device_memory"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be 0 or more; got {self.lora_rank}")
-        if self.max_chunk_bytes is not None and self.max_chunk_bytes < 1:
-            raise ValueError(f"max_chunk_bytes must be positive or None; got {self.max_chunk_bytes}")
-        if not 0 <= self.active_fraction <= 1:
-            raise ValueError(f"active_fraction must lie in [0, 1]; got {self.active_fraction}")
-        for name, words in (
-            ("route", ("auto", "one-pass", "recompute")), ("statistics", ("all", "active")),
-            ("grad_hidden", (*REDUCTIONS, None)), ("hidden_layout", LAYOUTS),
-        ):  # fmt: skip
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name} must be one of {words}; got {getattr(self, name)!r}")
+            check_whole(name, getattr(self, name), 1, "positive")
+        check_whole("lora_rank", self.lora_rank, 0, "0 or more")
+        if self.max_chunk_bytes is not None:
+            check_whole("max_chunk_bytes", self.max_chunk_bytes, 1, "positive or None")
+        if self.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, LOGIT_DTYPES))}; got {self.dtype!r}")
+        check_number("active_fraction", self.active_fraction, 0.0, 1.0)
+        check_word("route", self.route, ROUTES)
+        check_word("statistics", self.statistics, STATISTICS)
+        check_word("hidden_layout", self.hidden_layout, LAYOUTS)
+        if self.grad_hidden is not None:
+            check_word("grad_hidden", self.grad_hidden, REDUCTIONS)
         if self.hidden_layout == "sequence_sharded" and self.hidden_gradient != "reduce_scatter":
             raise ValueError(
                 f"grad_hidden must be 'reduce_scatter' or None with sequence_sharded; got {self.grad_hidden!r}"
@@ -106,7 +114,10 @@ class HeadStep:
         if self.cp > 1 and (why := _unknown_over_context(self.objective)) is not None:
             raise ValueError(f"objective with cp = {self.cp}: {why}")
         if self.route == "one-pass" and not self._one_pass_possible():
-            raise ValueError(f"route='one-pass' needs a chunk that holds a whole {self.unit}")
+            raise ValueError(
+                f"route='one-pass' needs a chunk that holds a whole {self.unit}; max_chunk_bytes = "
+                f"{self.chunk_bytes(True)} does not"
+            )
 
     @property
     def ranks(self) -> int:
@@ -184,6 +195,13 @@ class HeadStep:
         if self.route != "auto":
             return self.route
         return "one-pass" if self._one_pass_possible() else "recompute"
+
+    def tile(self) -> Tiles:
+        """The grid over the logits [active rows, V / tp] whose gradient is formed: its rows and columns at a time."""
+        size = self.dtype.itemsize
+        if self.taken_route == "recompute":
+            return column_tiles(self.active, self.shard, size, self.chunk_bytes(False))
+        return Tiles(self.active, self.shard, max(self.chunks(), default=0), self.shard)
 
     def chunks(self) -> list[int]:
         """Rows of each chunk that one pass forms the gradient of; of the recompute route one number, all of them."""
