@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import a3po_kernels as ak
 from a3po_kernels.integrations import prime_rl
 from tests.ranks import on_ranks
 
@@ -200,3 +201,99 @@ def test_beside_prime_rls_own():
             found.append((out["logprobs"], out["entropy"], *grads))
         for mine, right in zip(found[1], found[0], strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+
+LENGTHS = (7, 1, 5)
+READS_THE_BATCH = ak.Objective(surrogate=ak.CustomSurrogate(lambda t: t.ratio, "batch"))
+
+
+def rollouts(weighted: bool):
+    """prime-rl's LossInputs of each rollout, some tokens of which are no tokens, with one reference policy."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for length, advantage in zip(LENGTHS, (1.3, -0.4, -0.9), strict=True):
+        inference, noise, reference = (torch.randn(length, generator=generator).double() for _ in range(3))
+        inference = -inference.abs() - 0.1
+        mask = torch.rand(length, generator=generator) < 0.8
+        mask[0] = True
+        made.append(types.SimpleNamespace(
+            trainer_logprobs=(inference + 0.3 * noise).clamp(max=0.0).requires_grad_(), inference_logprobs=inference,
+            ref_logprobs=inference - 0.2 * reference.abs(), advantages=torch.full((length,), advantage).double(),
+            loss_mask=mask, loss_weights=noise.exp() if weighted else None,
+        ))  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a3po", {"rho": 3.0, "kl_coef": 0.1}), ("dapo", {}), ("gspo", {"aggregation": "token-mean"}), ("dppo", {})],
+)
+def test_the_rollouts_losses_are_the_packed_batchs(name, options, weighted):
+    """Summed and divided by the step's tokens, as compute_loss does it."""
+    inputs = rollouts(weighted)
+    outputs = [prime_rl.policy_loss(one, objective=name, **options) for one in inputs]
+    count = sum(int(one.loss_mask.sum()) for one in inputs)
+    found = torch.stack([out.loss for out in outputs]).sum() / count
+    grads = torch.autograd.grad(found, [one.trainer_logprobs for one in inputs])
+
+    def packed(field):
+        return torch.cat([getattr(one, field) for one in inputs])
+
+    logprobs = packed("trainer_logprobs").detach().requires_grad_()
+    expected = ak.logprob_policy_loss(
+        logprobs, packed("advantages"), objective=ak.presets[name](**options), mask=packed("loss_mask"),
+        old_logprobs=packed("inference_logprobs"), cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0),
+        ref_logprobs=packed("ref_logprobs") if options.get("kl_coef") else None,
+        importance_weights=packed("loss_weights") if weighted else None,
+    )  # fmt: skip
+    assert abs(expected.loss) > 1e-2
+    torch.testing.assert_close(found, expected.loss)
+    torch.testing.assert_close(torch.cat(grads), torch.autograd.grad(expected.loss, logprobs)[0])
+    assert all(value.ndim == 0 and value.isfinite() for out in outputs for value in out.metrics.values())
+
+
+def test_the_schedule_counts_the_optimizers_steps(monkeypatch):
+    steps = prime_rl._steps()
+    monkeypatch.setattr(steps, "step", 100)
+    monkeypatch.setattr(steps, "pending", False)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    betas = []
+    for one in [*rollouts(False), None, None, *rollouts(False)[:1]]:
+        if one is None:
+            optimizer.step()  # the second follows no loss
+        else:
+            betas.append(prime_rl.policy_loss(one).metrics["weight"].item())
+    assert betas == pytest.approx([1.5, 1.5, 1.5, 1.495])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "grpo"}, "aggregation must be 'token-mean'; got 'seq-mean-token-mean'"),
+        ({"objective": "psr"}, "normalize_over must be 'all'"),
+        ({"objective": "kl_cov"}, "the objective reads the batch"),
+        ({"objective": "fork_tokens", "normalize_over": "all"}, "the objective reads the batch"),
+        ({"objective": READS_THE_BATCH}, "the objective reads the batch"),
+        ({"objective": "a3po", "rhoo": 2.0}, "rhoo means nothing to the objective 'a3po'"),
+        ({"objective": ak.dapo(), "rho": 2.0}, "rho is an option of the presets"),
+        ({"objective": "appo"}, "did you mean"),
+        ({"objective": "dapo", "kl_coef": 0.1}, "needs ref_logprobs"),
+    ],
+    ids=str,
+)
+def test_what_one_rollout_does_not_show_is_refused(options, message):
+    one = rollouts(False)[0]
+    one.ref_logprobs = None
+    with pytest.raises(ValueError, match=message):
+        prime_rl.policy_loss(one, **options)
+
+
+def test_the_loss_beside_prime_rls_own_fields():
+    """Where prime-rl is installed: its LossInputs has the fields that are read, LossOutputs those given."""
+    loss = pytest.importorskip("prime_rl.trainer.rl.loss")
+    assert set(prime_rl.LossInputs.__annotations__) == set(loss.LossInputs.__dataclass_fields__)
+    assert set(prime_rl.LossOutputs._fields) == set(loss.LossOutputs.__dataclass_fields__)

@@ -1,5 +1,7 @@
 """prime-rl 0.8: its fused head (src/prime_rl/trainer/models/layers/lm_head.py, lm_head_gemma.py) by our linear head.
 
+And our objectives as its custom loss (src/prime_rl/trainer/rl/loss.py).
+
 Read at commit 559b44772e471d1538537b8805cc77f3824a5e64: inject_prime_lm_head puts a FusedOutputLinear in model.lm_head,
 for a softcap a GemmaFusedOutputLinear, and a model.forward that calls it with labels and a temperature a token. Before
 its trainer builds the model:
@@ -7,19 +9,119 @@ its trainer builds the model:
     from prime_rl.trainer import model
     model.inject_prime_lm_head = swapping(model.inject_prime_lm_head)
 
+The loss is a setting of its trainer:
+
+    [trainer.loss]
+    type = "custom"
+    import_path = "a3po_kernels.integrations.prime_rl.policy_loss"
+    kwargs = { objective = "a3po", rho = 2.0 }
+
 Nothing of prime-rl is imported.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..core.checks import is_dtensor
+from ..losses.logprobs import logprob_policy_loss
+from ..objectives import CustomSurrogate, Objective, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
+from ._presets import build_objective
+from ._steps import OptimizerSteps
 
-__all__ = ["OutputLinear", "swap_head", "swapping"]
+__all__ = ["LossOutputs", "OutputLinear", "policy_loss", "swap_head", "swapping"]
+
+_LOGGED = (
+    "approx_kl", "ratio_mean", "ratio_max", "clip_fraction_low", "clip_fraction_high", "dual_clip_fraction",
+    "selected_fraction_positive", "selected_fraction_negative", "active_fraction", "weight",
+)  # fmt: skip
+
+
+class LossInputs(Protocol):
+    """What prime-rl hands a custom loss of one rollout, each [seq]: see policy_loss."""
+
+    trainer_logprobs: Tensor
+    inference_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    loss_mask: Tensor
+    loss_weights: Tensor | None
+
+
+class LossOutputs(NamedTuple):
+    """What prime-rl reads of a custom loss. loss: 0-d, a sum over tokens. metrics: 0-d tensors of one rollout."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@functools.cache
+def _steps() -> OptimizerSteps:
+    return OptimizerSteps()
+
+
+def policy_loss(inputs: LossInputs, objective: str | Objective = "a3po", **options: Any) -> LossOutputs:
+    """An objective as prime-rl's custom loss: of one rollout, the sum over its tokens, which the trainer divides.
+
+    The behaviour policy is the inference engine. prime-rl divides by the tokens of the whole step, so the aggregation
+    is "token-mean", and calls once a rollout, so rules select within it. prime-rl tells no step: schedules count
+    optimizer steps that follow this loss, from the environment variable A3PO_INITIAL_STEP on.
+
+    Args:
+        inputs: prime-rl's LossInputs of a rollout, each [seq]: trainer_logprobs and inference_logprobs (nats),
+            ref_logprobs or None, advantages, loss_mask (bool), loss_weights (factors of the surrogate) or None.
+        objective: a preset's name (the kwargs of a configuration hold no objects) or an Objective.
+        options: the preset's keywords, as in a3po(rho=...); none beside an Objective.
+
+    Returns:
+        LossOutputs: loss 0-d, metrics by the names of PolicyLossOutput's (approx_kl, ratio_mean, ratio_max, the clip
+        and selected fractions, active_fraction, weight).
+
+    Raises:
+        ValueError: an unknown objective or option; another aggregation, normalize_over="selected", what reads the batch
+            or an entropy, which one rollout's log-probs do not show.
+    """
+    chosen = _objective(objective, options)
+    tokens = inputs.trainer_logprobs.shape[0]
+    offsets = torch.tensor([0, tokens], device=inputs.trainer_logprobs.device)
+    steps = _steps()
+    out = logprob_policy_loss(
+        inputs.trainer_logprobs, inputs.advantages, objective=chosen, old_logprobs=inputs.inference_logprobs,
+        ref_logprobs=inputs.ref_logprobs if chosen.kl_coef else None, mask=inputs.loss_mask, cu_seqlens=offsets,
+        importance_weights=inputs.loss_weights, denominator=1.0, step=steps.step,
+    )  # fmt: skip
+    steps.pending |= inputs.trainer_logprobs.requires_grad
+    return LossOutputs(out.loss, {name: out.metrics[name] for name in _LOGGED})
+
+
+def _objective(objective: str | Objective, options: dict[str, Any]) -> Objective:
+    """The objective, if one rollout at a time shows all that it reads."""
+    if isinstance(objective, Objective):
+        if options:
+            raise ValueError(f"{next(iter(options))} is an option of the presets; set it on the Objective given")
+        chosen = objective
+    else:
+        chosen = build_objective(objective, options)
+    if chosen.aggregation != "token-mean":
+        raise ValueError(
+            f"prime-rl divides by the tokens of a step: the objective's aggregation must be 'token-mean'; got "
+            f"{chosen.aggregation!r}"
+        )
+    if chosen.normalize_over == "selected":
+        raise ValueError("normalize_over='selected' is not what prime-rl divides by: normalize_over must be 'all'")
+    scopes = [rule.scope for rule in chosen.shaping if isinstance(rule, TokenRule)]
+    if isinstance(chosen.surrogate, CustomSurrogate):
+        scopes.append(chosen.surrogate.depends_on)
+    for scope in scopes:
+        if scope not in ("rollout", "token"):
+            raise ValueError(f"the objective reads the {scope}, and prime-rl shows its loss one rollout at a time")
+    return chosen
 
 
 class OutputLinear(nn.Linear):

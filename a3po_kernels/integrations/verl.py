@@ -19,7 +19,6 @@ linear_cross_entropy and install_head.
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as verl_head
@@ -39,6 +37,7 @@ from ..named_objectives import CovarianceCandidates, as_objective, presets
 from ..objectives import Cispo, Clip, Dppo, Gmpo, Objective, Sapo, TokenRule
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ._main_grad import keep_gradient
+from ._steps import OptimizerSteps
 from ._verl_megatron import FUSED, OVERLAP, AfterImport, grad_hidden, guard_overlap, replace_fused_forward
 
 __all__ = ["install_head", "linear_cross_entropy", "register_objective", "set_step", "training_step"]
@@ -46,18 +45,7 @@ __all__ = ["install_head", "linear_cross_entropy", "register_objective", "set_st
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
-class _Steps:
-    """The training step of the schedules: optimizer steps that followed a policy loss with a gradient."""
-
-    def __init__(self, first: int):
-        self.step, self.pending = first, False
-        register_optimizer_step_post_hook(self._after_optimizer_step)
-
-    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.step, self.pending = self.step + self.pending, False
-
-
-_steps = _Steps(int(os.environ.get("A3PO_INITIAL_STEP", "0")))
+_steps = OptimizerSteps()
 
 
 def training_step() -> int:
