@@ -9,9 +9,30 @@ from typing import Any, Union
 
 from .core.checks import as_tuple, check_number, check_selection, check_word
 from .schedules import Schedule
+from .surrogates import (
+    SURROGATES,
+    Cispo,
+    Clip,
+    CustomSurrogate,
+    Dppo,
+    Gmpo,
+    Nothing,
+    Ratio,
+    Reinforce,
+    Sapo,
+    Surrogate,
+    check_surrogate,
+)
+
+__all__ = [
+    "AGGREGATIONS", "KL_ESTIMATORS", "POLICY_METRICS", "RATIO_WEIGHTS", "SURROGATES", "Cispo", "Clip",
+    "CustomSurrogate", "Dppo", "Gmpo", "MinPRegularizer", "Nothing", "Objective", "OffPolicyMask", "PolarityWeights",
+    "Ratio", "RatioWeight", "Reinforce", "Sapo", "Surrogate", "TokenRule", "Topr", "Vespo",
+]  # fmt: skip
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3-ratio")
+POLICY_METRICS = ("probability", "entropy")
 
 
 @dataclass(frozen=True)
@@ -35,156 +56,6 @@ class PolarityWeights:
     def scheduled(self) -> bool:
         """Whether a weight depends on the step."""
         return any(map(callable, (self.positive, self.negative, self.zero)))
-
-
-@dataclass(frozen=True)
-class Clip:
-    """max(-A r, -A clamp(r, 1 - epsilon_low, 1 + epsilon_high)) (PPO; DAPO's two bounds, arXiv 2503.14476).
-
-    dual_clip c: where A < 0, min(that, -A c) (arXiv 1912.09729). delta: the unclipped branch uses min(r, delta).
-    """
-
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    dual_clip: float | None = None
-    delta: float | None = None
-
-    def __post_init__(self):
-        check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
-        check_number("epsilon_high", self.epsilon_high, 0.0)
-        if self.dual_clip is not None:
-            check_number("dual_clip", self.dual_clip, 1.0, above=True)
-        if self.delta is not None:
-            check_number("delta", self.delta, 0.0, above=True)
-
-
-@dataclass(frozen=True)
-class Cispo:
-    """-sg(clamp(r)) A logp (CISPO, arXiv 2506.13585).
-
-    epsilon_high is the raw upper bound of r, as in TRL; epsilon_low, if given, adds the lower bound 1 - epsilon_low.
-    """
-
-    epsilon_high: float = 1.28
-    epsilon_low: float | None = None
-
-    def __post_init__(self):
-        check_number("epsilon_high", self.epsilon_high, 0.0, above=True)
-        if self.epsilon_low is not None:
-            check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Sapo:
-    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347)."""
-
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
-
-    def __post_init__(self):
-        check_number("tau_positive", self.tau_positive, 0.0, above=True)
-        check_number("tau_negative", self.tau_negative, 0.0, above=True)
-
-
-@dataclass(frozen=True)
-class Reinforce:
-    """-A logp."""
-
-
-@dataclass(frozen=True)
-class Dppo:
-    """-sg(min(r, ratio_cap)) A logp inside a trust region, 0 outside (DPPO, arXiv 2602.04879; verl's form).
-
-    The region bounds a divergence between the two policies' choice of this token or another: "tv", p - p_old, by
-    delta_high from above where A > 0 and by -delta_low from below elsewhere; "kl", of the two Bernoulli variables, with
-    the same two bounds where the policy moved the way that A asks for. Paper, prime-rl and SkyRL differentiate r A: the
-    same gradient without a cap, another value. The paper's behaviour policy is the sampler: give its log-probs as old.
-    """
-
-    divergence: str = "tv"
-    delta_low: float = 0.2
-    delta_high: float = 0.2
-    ratio_cap: float | None = None
-
-    def __post_init__(self):
-        check_word("divergence", self.divergence, ("tv", "kl"))
-        check_number("delta_low", self.delta_low, 0.0)
-        check_number("delta_high", self.delta_high, 0.0)
-        if self.ratio_cap is not None:
-            check_number("ratio_cap", self.ratio_cap, 0.0, above=True)
-
-
-@dataclass(frozen=True)
-class Gmpo:
-    """-A exp(mean over the rollout of c), c the token's log ratio clipped on one side (GMPO, arXiv 2507.20673).
-
-    c = min(logp - old, epsilon_high) where A >= 0, else max(logp - old, -epsilon_low): the bounds are of the log ratio.
-    The gradient reaches every token that was not clipped. It needs ratio_level "sequence".
-    """
-
-    epsilon_low: float = 0.4
-    epsilon_high: float = 0.4
-
-    def __post_init__(self):
-        check_number("epsilon_low", self.epsilon_low, 0.0)
-        check_number("epsilon_high", self.epsilon_high, 0.0)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """-A r + penalty |logp - old|: the ratio without bounds; with a penalty as KL-Cov's tokens have it (2505.22617)."""
-
-    penalty: float = 0.0
-
-    def __post_init__(self):
-        check_number("penalty", self.penalty, 0.0)
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """0: the replacement of tokens that are to have no surrogate, and still their KL and entropy terms."""
-
-
-@dataclass(frozen=True)
-class CustomSurrogate:
-    """A loss of your own: a PyTorch function of a batch's tokens, whose derivatives autograd finds.
-
-    loss(t) -> [N], the loss of each token, from t's flat [N] tensors in the statistics' dtype: logprobs, old_logprobs,
-    log_ratio, ratio (as Clip has it: the log ratio clamped to +-20), advantages (the shaped ones, weights in them),
-    weights, polarity, entropy, ref_logprobs, mask (bool) and selected (bool, by any TokenRule), and t.rollout_mean(x),
-    t.rollout_sum(x) over the tokens of each one's rollout. Rows that are no token hold 0, and what the function gives
-    for them, and for dropped tokens, does not matter. It takes part as the built-in surrogates do: importance weights,
-    KL and entropy terms and the aggregation follow. It should neither write into t's tensors nor wait for the device.
-
-    depends_on: what the loss of a token is a function of: that "token" alone, its "rollout", or the whole "batch". It
-    decides what may be cut into chunks or left out, and is checked on an example at the first use (not under
-    torch.compile).
-    """
-
-    loss: Callable[[Any], Any]
-    depends_on: str = "token"
-
-    def __post_init__(self):
-        if not callable(self.loss):
-            raise TypeError(f"loss must be a function of a batch's tokens; got {type(self.loss).__name__}")
-        check_word("depends_on", self.depends_on, ("token", "rollout", "batch"))
-
-
-Surrogate = Union[Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate]
-SURROGATES = (Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate)
-POLICY_METRICS = ("probability", "entropy")
-
-
-def _check_surrogate(name: str, value: object, takes: tuple[type, ...]) -> None:
-    """Raises TypeError for a subclass too: the kernels know the classes' own formulas, and would train those."""
-    if type(value) in takes or isinstance(value, CustomSurrogate):
-        return
-    names = ", ".join(kind.__name__ for kind in takes)
-    hint = "a formula of your own is a CustomSurrogate"
-    got = type(value).__name__
-    if isinstance(value, type):
-        got, hint = f"the class {value.__name__}", "call it"
-    raise TypeError(f"{name} must be one of {names}; got {got}: {hint}")
 
 
 @dataclass(frozen=True)
@@ -223,6 +94,8 @@ class TokenRule:
         if not callable(self.metric) and not isinstance(self.metric, str):
             raise TypeError(f"metric must be a name or a function; got {type(self.metric).__name__}")
         check_word("source", self.source, ("old", "current"))
+        if not self.reads_policy and self.source != "old":
+            raise ValueError(f"source is of a policy's metric, and {self.metric!r} is a score; got {self.source!r}")
         check_selection(self.ratio, self.side, self.scope, self.rounding)
         if not callable(self.selected_scale):
             check_number("selected_scale", self.selected_scale, 0.0)
@@ -233,11 +106,14 @@ class TokenRule:
             check_number("quantile", self.quantile, 0.0, 1.0)
             if self.scope != "batch":
                 raise ValueError(f"quantile is taken over the batch: scope must be 'batch'; got {self.scope!r}")
+            for name, default in (("ratio", 0.2), ("rounding", "floor")):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is of a share, and quantile selects instead; got {getattr(self, name)!r}")
         other = self.replacement
         if isinstance(other, Gmpo):
             raise TypeError("replacement must be a surrogate of one token; got Gmpo")
         if other is not None:
-            _check_surrogate("replacement", other, tuple(kind for kind in SURROGATES if kind is not Gmpo))
+            check_surrogate("replacement", other, tuple(kind for kind in SURROGATES if kind is not Gmpo))
         if isinstance(other, CustomSurrogate) and other.depends_on != "token":
             raise ValueError(f"replacement must be a surrogate of one token; got depends_on = {other.depends_on!r}")
 
@@ -359,7 +235,7 @@ class Objective:
 
     def __post_init__(self):
         object.__setattr__(self, "shaping", as_tuple("shaping", self.shaping, (PolarityWeights, TokenRule)))
-        _check_surrogate("surrogate", self.surrogate, SURROGATES)
+        check_surrogate("surrogate", self.surrogate, SURROGATES)
         weights = as_tuple("ratio_weights", self.ratio_weights, RATIO_WEIGHTS)
         object.__setattr__(self, "ratio_weights", weights)
         check_word("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
@@ -373,6 +249,11 @@ class Objective:
         others = [rule.replacement for rule in self.shaping if isinstance(rule, TokenRule)]
         if self.ratio_level != "token" and any(isinstance(x, Dppo) for x in (self.surrogate, *others)):
             raise ValueError(f"Dppo is of the token: ratio_level must be 'token'; got {self.ratio_level!r}")
+        surrogates = [self.surrogate, *(other for other in others if other is not None)]
+        blind = self.low_probability is None and all(isinstance(x, (Reinforce, Nothing)) for x in surrogates)
+        if self.ratio_level != "token" and blind:
+            name = type(self.surrogate).__name__
+            raise ValueError(f"{name} reads no ratio: ratio_level must be 'token'; got {self.ratio_level!r}")
         check_number("log_ratio_coef", self.log_ratio_coef, 0.0)
         if self.ratio_level != "token" and any(isinstance(x, CustomSurrogate) for x in (self.surrogate, *others)):
             raise ValueError("ratio_level 'sequence' is t.rollout_mean(t.log_ratio) in a CustomSurrogate's function")

@@ -61,6 +61,8 @@ class LinearDecay:
 
     def __post_init__(self):
         _check_finite(start=self.start, rate=self.rate, minimum=self.minimum)
+        if self.start < self.minimum:
+            raise ValueError(f"start must be at least minimum = {self.minimum}, where it stays; got {self.start}")
 
     def __call__(self, step: Value) -> Value:
         step = _exactly(step) if isinstance(step, Tensor) else step
