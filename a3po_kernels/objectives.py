@@ -39,8 +39,8 @@ POLICY_METRICS = ("probability", "entropy")
 class PolarityWeights:
     """Weights of the tokens of positive, negative and neutral rollouts; a weight of 0 drops the token.
 
-    Each is a number or a schedule step -> value. (1, 0, 0) is PSR, (0, 1, 0) NSR and (lambda, 1) W-REINFORCE (arXiv
-    2506.01347).
+    positive, negative and zero are each a number of at least 0 (else ValueError is raised) or a schedule step -> value.
+    (1, 0, 0) is PSR, (0, 1, 0) NSR and (lambda, 1) W-REINFORCE (arXiv 2506.01347).
     """
 
     positive: float | Schedule = 1.0
@@ -66,13 +66,18 @@ class TokenRule:
     metric, source: "probability" or "entropy", of the "old" (behaviour) or the "current" policy; or the name of one of
         the caller's `scores`; or a function of the batch's tokens, t -> [N], as CustomSurrogate's (with source "old" it
         may not read the current policy's log-probs and entropy; its result is a constant of the objective).
-    side, ratio, scope, rounding: which tokens are selected; see select_tokens.
+    side, ratio, scope, rounding: the "low" or "high" end of the metric; the share, in (0, 1], of the tokens of each
+        "rollout", of the "batch", or, "global", of the batches of all data-parallel ranks, one at least; "floor" or
+        "ceil" of ratio times their number.
     threshold: of those, only the ones above it (side "high") or below (side "low"); ratio=1 leaves it alone.
-    quantile: instead of a share, whatever reaches this quantile of the batch's eligible tokens, ties included, NaN as
-        the largest value; scope "batch".
+    quantile: in [0, 1], instead of a share, with ratio and rounding left as they are: whatever reaches this quantile of
+        the batch's eligible tokens, ties included, NaN as the largest value; scope "batch".
     selected_scale: weight of the selected tokens, a number or a schedule step -> value.
     rest_scale: weight of the eligible tokens that were not selected; 0 drops them (a keep rule).
     replacement: a surrogate of one token that takes the place of the objective's at the selected tokens.
+
+    Raises ValueError and TypeError for a value out of range or not among its words, and for one without a use: a share
+    beside a quantile, the source of a score.
     """
 
     polarity: int | None = None
@@ -132,7 +137,8 @@ class TokenRule:
 class OffPolicyMask:
     """0 for the rollouts with A < 0 whose mean of old - logp is above a threshold, else 1 (DeepSeek-V3.2, 2512.02556).
 
-    As in the paper and in TRL only the surrogate is masked: denominators and KL term stay.
+    As in the paper and in TRL only the surrogate is masked: denominators and KL term stay. Raises ValueError for a
+    threshold, in nats, below 0.
     """
 
     threshold: float
@@ -146,7 +152,8 @@ class Vespo:
     """exp(lambda + k log w - lambda w) of the rollout's ratio w, 1 at w = 1 (VESPO, arXiv 2602.10693, as in TRL).
 
     log w is the sum over the rollout's tokens of the log ratio, each clamped to +-20, and of the logarithms of the
-    importance weights, which are then not multiplied again, clamped to [log 1e-8, 20]. k and lambda by the sign of A.
+    importance weights, which are then not multiplied again, clamped to [log 1e-8, 20]. k_positive and lambda_positive
+    hold where A >= 0, else k_negative and lambda_negative. Raises ValueError for one below 0.
     """
 
     k_positive: float = 2.0
@@ -164,6 +171,7 @@ class Topr:
     """1 where A >= 0, else the ratio clamped to [low, high] (TOPR, arXiv 2503.14286).
 
     level: the ratio of the "sequence", a product as in the paper, its "geometric" mean, or the "token"'s (Trinity).
+    Raises ValueError for another level or bounds that are not 0 <= low <= high.
     """
 
     level: str = "sequence"
@@ -184,9 +192,10 @@ RATIO_WEIGHTS = (OffPolicyMask, Vespo, Topr)
 class MinPRegularizer:
     """Lp-Reg's regulariser (arXiv 2510.03222): it replaces the surrogate of some unlikely tokens.
 
-    Candidates are the floor(n q) tokens of lowest current log-prob among the n tokens of the batch with A < 0, if that
-    is more than one. Where logp < t, t the old policy's log-prob among the tokens with p >= min_p * max p, the loss
-    becomes -A r + beta * clamp(e^(t - logp) - (t - logp) - 1, -10, 10).
+    Candidates are the floor(n quantile) tokens of lowest current log-prob among the n tokens of the batch with A < 0,
+    if that is more than one. Where logp < t, t the old policy's log-prob among the tokens with p >= min_p * max p, the
+    loss becomes -A r + beta * clamp(e^(t - logp) - (t - logp) - 1, -10, 10). quantile and min_p are in (0, 1], beta at
+    least 0; else ValueError is raised.
     """
 
     quantile: float = 0.01
@@ -204,7 +213,7 @@ class Objective:
     """A policy objective, to be minimised.
 
     shaping: PolarityWeights and TokenRules, multiplied in the order listed.
-    surrogate: one of SURROGATES.
+    surrogate: the loss of a token: a Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing or CustomSurrogate.
     ratio_level: "token", or "sequence" for the ratio exp(mean over the rollout of logp - old) (GSPO, arXiv 2507.18071),
         or "sequence-token" for that value with each token's own derivative (GSPO-token).
     ratio_weights: factors of the surrogate that read the ratio, without a gradient: OffPolicyMask, Vespo, Topr.
@@ -216,8 +225,11 @@ class Objective:
         k3 is inf in fp32 from 88 nats on (TRL's too). None: off. metrics["kl_clamped_fraction"] counts the tokens.
     entropy_coef: coefficient of the entropy bonus.
     low_probability: a MinPRegularizer, or None.
-    aggregation: one of AGGREGATIONS.
+    aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or "seq-mean-token-sum-norm".
     normalize_over: "all" tokens, or the "selected" ones: those that shaping did not drop.
+
+    Raises ValueError and TypeError for a value out of range or not among its words, and for parts that do not go
+    together, such as a ratio_level that the surrogate cannot have or does not read.
     """
 
     shaping: tuple[PolarityWeights | TokenRule, ...] = ()

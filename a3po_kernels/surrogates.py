@@ -13,7 +13,8 @@ from .core.checks import check_number, check_word
 class Clip:
     """max(-A r, -A clamp(r, 1 - epsilon_low, 1 + epsilon_high)) (PPO; DAPO's two bounds, arXiv 2503.14476).
 
-    dual_clip c: where A < 0, min(that, -A c) (arXiv 1912.09729). delta: the unclipped branch uses min(r, delta).
+    epsilon_low, in [0, 1], and epsilon_high, at least 0: its bounds. dual_clip c > 1: where A < 0, min(that, -A c)
+    (arXiv 1912.09729). delta > 0: the unclipped branch uses min(r, delta). None: off. Raises ValueError out of range.
     """
 
     epsilon_low: float = 0.2
@@ -34,7 +35,8 @@ class Clip:
 class Cispo:
     """-sg(clamp(r)) A logp (CISPO, arXiv 2506.13585).
 
-    epsilon_high is the raw upper bound of r, as in TRL; epsilon_low, if given, adds the lower bound 1 - epsilon_low.
+    epsilon_high > 0 is the raw upper bound of r, as in TRL; epsilon_low in [0, 1], if given, adds the lower bound
+    1 - epsilon_low. Raises ValueError out of range.
     """
 
     epsilon_high: float = 1.28
@@ -48,7 +50,10 @@ class Cispo:
 
 @dataclass(frozen=True)
 class Sapo:
-    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347)."""
+    """-A (4 / tau) sigmoid(tau (r - 1)) (SAPO, arXiv 2511.20347).
+
+    tau is tau_positive where A > 0, else tau_negative, both above 0. Raises ValueError out of range.
+    """
 
     tau_positive: float = 1.0
     tau_negative: float = 1.05
@@ -70,7 +75,9 @@ class Dppo:
     The region bounds a divergence between the two policies' choice of this token or another: "tv", p - p_old, by
     delta_high from above where A > 0 and by -delta_low from below elsewhere; "kl", of the two Bernoulli variables, with
     the same two bounds where the policy moved the way that A asks for. Paper, prime-rl and SkyRL differentiate r A: the
-    same gradient without a cap, another value. The paper's behaviour policy is the sampler: give its log-probs as old.
+    same gradient without a cap, another value. divergence is one of the two; delta_low and delta_high are at least 0,
+    ratio_cap is above 0 or None; else ValueError is raised. The paper's behaviour policy is the sampler: give its
+    log-probs as old.
     """
 
     divergence: str = "tv"
@@ -91,7 +98,8 @@ class Gmpo:
     """-A exp(mean over the rollout of c), c the token's log ratio clipped on one side (GMPO, arXiv 2507.20673).
 
     c = min(logp - old, epsilon_high) where A >= 0, else max(logp - old, -epsilon_low): the bounds are of the log ratio.
-    The gradient reaches every token that was not clipped. It needs ratio_level "sequence".
+    The gradient reaches every token that was not clipped. It needs ratio_level "sequence". Raises ValueError for bounds
+    below 0, which are in nats.
     """
 
     epsilon_low: float = 0.4
@@ -104,7 +112,10 @@ class Gmpo:
 
 @dataclass(frozen=True)
 class Ratio:
-    """-A r + penalty |logp - old|: the ratio without bounds; with a penalty as KL-Cov's tokens have it (2505.22617)."""
+    """-A r + penalty |logp - old|: the ratio without bounds; with a penalty as KL-Cov's tokens have it (2505.22617).
+
+    Raises ValueError for a penalty below 0.
+    """
 
     penalty: float = 0.0
 
@@ -131,6 +142,9 @@ class CustomSurrogate:
     depends_on: what the loss of a token is a function of: that "token" alone, its "rollout", or the whole "batch". It
     decides what may be cut into chunks or left out, and is checked on an example at the first use (not under
     torch.compile).
+
+    Raises TypeError for a loss that cannot be called, ValueError for another word and, in the first call of a policy
+    loss, for a depends_on that the example contradicts.
     """
 
     loss: Callable[[Any], Any]

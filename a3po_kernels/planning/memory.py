@@ -63,7 +63,9 @@ def estimate_memory(
         objective: Lp-Reg's rows cost nothing more; any objective holds the same.
         route: "one-pass", "recompute", or "statistics" for a call under no_grad.
         active_fraction: share of the rows with a gradient, where compaction leaves the others out.
-        statistics, max_chunk_bytes, backend: as in linear_policy_loss. device: where it runs.
+        statistics: "all" tokens, or "active": of the rows with a gradient alone.
+        max_chunk_bytes: budget of the tile of logits; None: linear_policy_loss's default on the device.
+        backend: "triton", "torch" or "auto". device: where it runs.
         device_memory: bytes of a card that is not here; with it and device="cuda" no GPU is asked, and the default
             chunks are what that card takes while most of it is free.
         frozen_weight: no gradient of the weight. main_grad: it is added to a buffer that is there already.
