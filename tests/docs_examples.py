@@ -16,6 +16,10 @@ OTHERS = re.compile(
     r"^\s*(?:from|import) (?:a3po_kernels\.integrations|transformers|trl|peft|datasets)\b", re.MULTILINE
 )
 
+# What is in an environment of its own, beside the other libraries.
+VERL = re.compile(r"^\s*from a3po_kernels\.integrations\.verl\b", re.MULTILINE)
+TRL = re.compile(r"^\s*from a3po_kernels\.integrations\.trl\b", re.MULTILINE)
+
 
 def blocks(page: Path) -> list[str]:
     """The page's Python blocks, each under as many lines as stand above it, so that a traceback names its line."""
@@ -28,10 +32,15 @@ def pages(others: bool) -> list[Path]:
     return [page for page in PAGES if (found := blocks(page)) and bool(OTHERS.search("".join(found))) == others]
 
 
-def run_blocks(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """One process for a page; its blocks share their names, and a warning of ours is an error."""
+def run_blocks(page: Path, folder: Path, without: re.Pattern[str] | None = None) -> subprocess.CompletedProcess[str]:
+    """One process for a page; its blocks share their names, and a warning of ours is an error.
+
+    without: what a block that is left out has: another environment's libraries.
+    """
     program = f"page, names = {str(page)!r}, {{'__name__': 'page'}}\n" + "".join(
-        f"exec(compile({block!r}, page, 'exec'), names)\n" for block in blocks(page)
+        f"exec(compile({block!r}, page, 'exec'), names)\n"
+        for block in blocks(page)
+        if without is None or not without.search(block)
     )
     script = folder / "page.py"
     script.write_text(program)
