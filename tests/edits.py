@@ -8,14 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "extending.md"
-BLOCK = re.compile(r"^```diff\n--- (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```diff\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^--- (\S+)\n(.*?)(?=^--- |\Z)", re.MULTILINE | re.DOTALL)
 FOLDERS = ("a3po_kernels", "reference", "tests", "bench", "docs", "examples")
 
 
 def edits(text: str) -> list[tuple[str, str, str]]:
     """(file, what is there, what takes its place) of each hunk: lines after "@@", of "-" and " ", of "+" and " "."""
     found = []
-    for name, body in BLOCK.findall(text):
+    for name, body in FILE.findall("".join(BLOCK.findall(text))):
         for hunk in body.split("@@\n")[1:]:
             lines = hunk.splitlines(keepends=True)
             assert all(line[0] in " +-\n" for line in lines), hunk

@@ -155,7 +155,7 @@ def test_what_verl_does_not_pass_is_refused(objective, missing):
 
 def test_a_schedule_beside_rho_is_refused_on_the_way_to_verl():
     before = dict(POLICY_LOSS_REGISTRY)
-    with pytest.raises(ValueError, match="^rho must be left out where schedule is given"):
+    with pytest.raises(ValueError, match=r"^rho must be left out where schedule is given"):
         integration.register_objective("mine", a3po_kernels.a3po(rho=3.0, schedule=a3po_kernels.CosineDecay()))
     assert before == POLICY_LOSS_REGISTRY
 
