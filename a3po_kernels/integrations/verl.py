@@ -142,8 +142,8 @@ def register_objective(name: str, objective: Objective | str, *, bounds_from_con
     The function has verl's signature. Aggregation is verl's loss_agg_mode with its global batch info (SAPO's is
     seq-mean-token-mean, as in verl), and with `bounds_from_config` the clipping bounds, clip_ratio_c and tau_pos and
     tau_neg of the actor's configuration replace the objective's own. KL and entropy terms are verl's (kl_loss_coef,
-    entropy_coeff). Token weights come from old_log_prob and the sign of the advantages. Where verl gives a count, of all
-    tokens or rollouts, that is the divisor, with normalize_over "selected" too.
+    entropy_coeff). Token weights come from old_log_prob and the sign of the advantages. Where verl gives a count, of
+    all tokens or rollouts, that is the divisor, with normalize_over "selected" too.
 
     Args:
         name: what policy_loss.loss_mode calls it.
