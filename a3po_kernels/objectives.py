@@ -9,17 +9,38 @@ from typing import Any, Union
 
 from .core.checks import as_tuple, check_number, check_selection, check_word
 from .schedules import Schedule
+from .surrogates import (
+    SURROGATES,
+    Cispo,
+    Clip,
+    CustomSurrogate,
+    Dppo,
+    Gmpo,
+    Nothing,
+    Ratio,
+    Reinforce,
+    Sapo,
+    Surrogate,
+    check_surrogate,
+)
+
+__all__ = [
+    "AGGREGATIONS", "KL_ESTIMATORS", "POLICY_METRICS", "RATIO_WEIGHTS", "SURROGATES", "Cispo", "Clip",
+    "CustomSurrogate", "Dppo", "Gmpo", "MinPRegularizer", "Nothing", "Objective", "OffPolicyMask", "PolarityWeights",
+    "Ratio", "RatioWeight", "Reinforce", "Sapo", "Surrogate", "TokenRule", "Topr", "Vespo",
+]  # fmt: skip
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3-ratio")
+POLICY_METRICS = ("probability", "entropy")
 
 
 @dataclass(frozen=True)
 class PolarityWeights:
     """Weights of the tokens of positive, negative and neutral rollouts; a weight of 0 drops the token.
 
-    Each is a number or a schedule step -> value. (1, 0, 0) is PSR, (0, 1, 0) NSR and (lambda, 1) W-REINFORCE (arXiv
-    2506.01347).
+    positive, negative and zero are each a number of at least 0 (else ValueError is raised) or a schedule step -> value.
+    (1, 0, 0) is PSR, (0, 1, 0) NSR and (lambda, 1) W-REINFORCE (arXiv 2506.01347).
     """
 
     positive: float | Schedule = 1.0
@@ -38,156 +59,6 @@ class PolarityWeights:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """max(-A r, -A clamp(r, 1 - epsilon_low, 1 + epsilon_high)) (PPO; DAPO's two bounds, arXiv 2503.14476).
-
-    dual_clip c: where A < 0, min(that, -A c) (arXiv 1912.09729). delta: the unclipped branch uses min(r, delta).
-    """
-
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    dual_clip: float | None = None
-    delta: float | None = None
-
-    def __post_init__(self):
-        check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
-        check_number("epsilon_high", self.epsilon_high, 0.0)
-        if self.dual_clip is not None:
-            check_number("dual_clip", self.dual_clip, 1.0, above=True)
-        if self.delta is not None:
-            check_number("delta", self.delta, 0.0, above=True)
-
-
-@dataclass(frozen=True)
-class Cispo:
-    """-sg(clamp(r)) A logp (CISPO, arXiv 2506.13585).
-
-    epsilon_high is the raw upper bound of r, as in TRL; epsilon_low, if given, adds the lower bound 1 - epsilon_low.
-    """
-
-    epsilon_high: float = 1.28
-    epsilon_low: float | None = None
-
-    def __post_init__(self):
-        check_number("epsilon_high", self.epsilon_high, 0.0, above=True)
-        if self.epsilon_low is not None:
-            check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Sapo:
-    """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347)."""
-
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
-
-    def __post_init__(self):
-        check_number("tau_positive", self.tau_positive, 0.0, above=True)
-        check_number("tau_negative", self.tau_negative, 0.0, above=True)
-
-
-@dataclass(frozen=True)
-class Reinforce:
-    """-A logp."""
-
-
-@dataclass(frozen=True)
-class Dppo:
-    """-sg(min(r, ratio_cap)) A logp inside a trust region, 0 outside (DPPO, arXiv 2602.04879; verl's form).
-
-    The region bounds a divergence between the two policies' choice of this token or another: "tv", p - p_old, by
-    delta_high from above where A > 0 and by -delta_low from below elsewhere; "kl", of the two Bernoulli variables, with
-    the same two bounds where the policy moved the way that A asks for. Paper, prime-rl and SkyRL differentiate r A: the
-    same gradient without a cap, another value. The paper's behaviour policy is the sampler: give its log-probs as old.
-    """
-
-    divergence: str = "tv"
-    delta_low: float = 0.2
-    delta_high: float = 0.2
-    ratio_cap: float | None = None
-
-    def __post_init__(self):
-        check_word("divergence", self.divergence, ("tv", "kl"))
-        check_number("delta_low", self.delta_low, 0.0)
-        check_number("delta_high", self.delta_high, 0.0)
-        if self.ratio_cap is not None:
-            check_number("ratio_cap", self.ratio_cap, 0.0, above=True)
-
-
-@dataclass(frozen=True)
-class Gmpo:
-    """-A exp(mean over the rollout of c), c the token's log ratio clipped on one side (GMPO, arXiv 2507.20673).
-
-    c = min(logp - old, epsilon_high) where A >= 0, else max(logp - old, -epsilon_low): the bounds are of the log ratio.
-    The gradient reaches every token that was not clipped. It needs ratio_level "sequence".
-    """
-
-    epsilon_low: float = 0.4
-    epsilon_high: float = 0.4
-
-    def __post_init__(self):
-        check_number("epsilon_low", self.epsilon_low, 0.0)
-        check_number("epsilon_high", self.epsilon_high, 0.0)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """-A r + penalty |logp - old|: the ratio without bounds; with a penalty as KL-Cov's tokens have it (2505.22617)."""
-
-    penalty: float = 0.0
-
-    def __post_init__(self):
-        check_number("penalty", self.penalty, 0.0)
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """0: the replacement of tokens that are to have no surrogate, and still their KL and entropy terms."""
-
-
-@dataclass(frozen=True)
-class CustomSurrogate:
-    """A loss of your own: a PyTorch function of a batch's tokens, whose derivatives autograd finds.
-
-    loss(t) -> [N], the loss of each token, from t's flat [N] tensors in the statistics' dtype: logprobs, old_logprobs,
-    log_ratio, ratio (as Clip has it: the log ratio clamped to +-20), advantages (the shaped ones, weights in them),
-    weights, polarity, entropy, ref_logprobs, mask (bool) and selected (bool, by any TokenRule), and t.rollout_mean(x),
-    t.rollout_sum(x) over the tokens of each one's rollout. Rows that are no token hold 0, and what the function gives
-    for them, and for dropped tokens, does not matter. It takes part as the built-in surrogates do: importance weights,
-    KL and entropy terms and the aggregation follow. It should neither write into t's tensors nor wait for the device.
-
-    depends_on: what the loss of a token is a function of: that "token" alone, its "rollout", or the whole "batch". It
-    decides what may be cut into chunks or left out, and is checked on an example at the first use (not under
-    torch.compile).
-    """
-
-    loss: Callable[[Any], Any]
-    depends_on: str = "token"
-
-    def __post_init__(self):
-        if not callable(self.loss):
-            raise TypeError(f"loss must be a function of a batch's tokens; got {type(self.loss).__name__}")
-        check_word("depends_on", self.depends_on, ("token", "rollout", "batch"))
-
-
-Surrogate = Union[Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate]
-SURROGATES = (Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing, CustomSurrogate)
-POLICY_METRICS = ("probability", "entropy")
-
-
-def _check_surrogate(name: str, value: object, takes: tuple[type, ...]) -> None:
-    """Raises TypeError for a subclass too: the kernels know the classes' own formulas, and would train those."""
-    if type(value) in takes or isinstance(value, CustomSurrogate):
-        return
-    names = ", ".join(kind.__name__ for kind in takes)
-    hint = "a formula of your own is a CustomSurrogate"
-    got = type(value).__name__
-    if isinstance(value, type):
-        got, hint = f"the class {value.__name__}", "call it"
-    raise TypeError(f"{name} must be one of {names}; got {got}: {hint}")
-
-
-@dataclass(frozen=True)
 class TokenRule:
     """Weights of the k lowest or highest tokens of a scope by a metric, and of the other eligible tokens.
 
@@ -195,13 +66,18 @@ class TokenRule:
     metric, source: "probability" or "entropy", of the "old" (behaviour) or the "current" policy; or the name of one of
         the caller's `scores`; or a function of the batch's tokens, t -> [N], as CustomSurrogate's (with source "old" it
         may not read the current policy's log-probs and entropy; its result is a constant of the objective).
-    side, ratio, scope, rounding: which tokens are selected; see select_tokens.
+    side, ratio, scope, rounding: the "low" or "high" end of the metric; the share, in (0, 1], of the tokens of each
+        "rollout", of the "batch", or, "global", of the batches of all data-parallel ranks, one at least; "floor" or
+        "ceil" of ratio times their number.
     threshold: of those, only the ones above it (side "high") or below (side "low"); ratio=1 leaves it alone.
-    quantile: instead of a share, whatever reaches this quantile of the batch's eligible tokens, ties included, NaN as
-        the largest value; scope "batch".
+    quantile: in [0, 1], instead of a share, with ratio and rounding left as they are: whatever reaches this quantile of
+        the batch's eligible tokens, ties included, NaN as the largest value; scope "batch".
     selected_scale: weight of the selected tokens, a number or a schedule step -> value.
     rest_scale: weight of the eligible tokens that were not selected; 0 drops them (a keep rule).
     replacement: a surrogate of one token that takes the place of the objective's at the selected tokens.
+
+    Raises ValueError and TypeError for a value out of range or not among its words, and for one without a use: a share
+    beside a quantile, the source of a score.
     """
 
     polarity: int | None = None
@@ -223,6 +99,8 @@ class TokenRule:
         if not callable(self.metric) and not isinstance(self.metric, str):
             raise TypeError(f"metric must be a name or a function; got {type(self.metric).__name__}")
         check_word("source", self.source, ("old", "current"))
+        if not self.reads_policy and self.source != "old":
+            raise ValueError(f"source is of a policy's metric, and {self.metric!r} is a score; got {self.source!r}")
         check_selection(self.ratio, self.side, self.scope, self.rounding)
         if not callable(self.selected_scale):
             check_number("selected_scale", self.selected_scale, 0.0)
@@ -233,11 +111,14 @@ class TokenRule:
             check_number("quantile", self.quantile, 0.0, 1.0)
             if self.scope != "batch":
                 raise ValueError(f"quantile is taken over the batch: scope must be 'batch'; got {self.scope!r}")
+            for name, default in (("ratio", 0.2), ("rounding", "floor")):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is of a share, and quantile selects instead; got {getattr(self, name)!r}")
         other = self.replacement
         if isinstance(other, Gmpo):
             raise TypeError("replacement must be a surrogate of one token; got Gmpo")
         if other is not None:
-            _check_surrogate("replacement", other, tuple(kind for kind in SURROGATES if kind is not Gmpo))
+            check_surrogate("replacement", other, tuple(kind for kind in SURROGATES if kind is not Gmpo))
         if isinstance(other, CustomSurrogate) and other.depends_on != "token":
             raise ValueError(f"replacement must be a surrogate of one token; got depends_on = {other.depends_on!r}")
 
@@ -256,7 +137,8 @@ class TokenRule:
 class OffPolicyMask:
     """0 for the rollouts with A < 0 whose mean of old - logp is above a threshold, else 1 (DeepSeek-V3.2, 2512.02556).
 
-    As in the paper and in TRL only the surrogate is masked: denominators and KL term stay.
+    As in the paper and in TRL only the surrogate is masked: denominators and KL term stay. Raises ValueError for a
+    threshold, in nats, below 0.
     """
 
     threshold: float
@@ -270,7 +152,8 @@ class Vespo:
     """exp(lambda + k log w - lambda w) of the rollout's ratio w, 1 at w = 1 (VESPO, arXiv 2602.10693, as in TRL).
 
     log w is the sum over the rollout's tokens of the log ratio, each clamped to +-20, and of the logarithms of the
-    importance weights, which are then not multiplied again, clamped to [log 1e-8, 20]. k and lambda by the sign of A.
+    importance weights, which are then not multiplied again, clamped to [log 1e-8, 20]. k_positive and lambda_positive
+    hold where A >= 0, else k_negative and lambda_negative. Raises ValueError for one below 0.
     """
 
     k_positive: float = 2.0
@@ -288,6 +171,7 @@ class Topr:
     """1 where A >= 0, else the ratio clamped to [low, high] (TOPR, arXiv 2503.14286).
 
     level: the ratio of the "sequence", a product as in the paper, its "geometric" mean, or the "token"'s (Trinity).
+    Raises ValueError for another level or bounds that are not 0 <= low <= high.
     """
 
     level: str = "sequence"
@@ -308,9 +192,10 @@ RATIO_WEIGHTS = (OffPolicyMask, Vespo, Topr)
 class MinPRegularizer:
     """Lp-Reg's regulariser (arXiv 2510.03222): it replaces the surrogate of some unlikely tokens.
 
-    Candidates are the floor(n q) tokens of lowest current log-prob among the n tokens of the batch with A < 0, if that
-    is more than one. Where logp < t, t the old policy's log-prob among the tokens with p >= min_p * max p, the loss
-    becomes -A r + beta * clamp(e^(t - logp) - (t - logp) - 1, -10, 10).
+    Candidates are the floor(n quantile) tokens of lowest current log-prob among the n tokens of the batch with A < 0,
+    if that is more than one. Where logp < t, t the old policy's log-prob among the tokens with p >= min_p * max p, the
+    loss becomes -A r + beta * clamp(e^(t - logp) - (t - logp) - 1, -10, 10). quantile and min_p are in (0, 1], beta at
+    least 0; else ValueError is raised.
     """
 
     quantile: float = 0.01
@@ -328,7 +213,7 @@ class Objective:
     """A policy objective, to be minimised.
 
     shaping: PolarityWeights and TokenRules, multiplied in the order listed.
-    surrogate: one of SURROGATES.
+    surrogate: the loss of a token: a Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Ratio, Nothing or CustomSurrogate.
     ratio_level: "token", or "sequence" for the ratio exp(mean over the rollout of logp - old) (GSPO, arXiv 2507.18071),
         or "sequence-token" for that value with each token's own derivative (GSPO-token).
     ratio_weights: factors of the surrogate that read the ratio, without a gradient: OffPolicyMask, Vespo, Topr.
@@ -340,8 +225,11 @@ class Objective:
         k3 is inf in fp32 from 88 nats on (TRL's too). None: off. metrics["kl_clamped_fraction"] counts the tokens.
     entropy_coef: coefficient of the entropy bonus.
     low_probability: a MinPRegularizer, or None.
-    aggregation: one of AGGREGATIONS.
+    aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or "seq-mean-token-sum-norm".
     normalize_over: "all" tokens, or the "selected" ones: those that shaping did not drop.
+
+    Raises ValueError and TypeError for a value out of range or not among its words, and for parts that do not go
+    together, such as a ratio_level that the surrogate cannot have or does not read.
     """
 
     shaping: tuple[PolarityWeights | TokenRule, ...] = ()
@@ -359,7 +247,7 @@ class Objective:
 
     def __post_init__(self):
         object.__setattr__(self, "shaping", as_tuple("shaping", self.shaping, (PolarityWeights, TokenRule)))
-        _check_surrogate("surrogate", self.surrogate, SURROGATES)
+        check_surrogate("surrogate", self.surrogate, SURROGATES)
         weights = as_tuple("ratio_weights", self.ratio_weights, RATIO_WEIGHTS)
         object.__setattr__(self, "ratio_weights", weights)
         check_word("ratio_level", self.ratio_level, ("token", "sequence", "sequence-token"))
@@ -373,6 +261,11 @@ class Objective:
         others = [rule.replacement for rule in self.shaping if isinstance(rule, TokenRule)]
         if self.ratio_level != "token" and any(isinstance(x, Dppo) for x in (self.surrogate, *others)):
             raise ValueError(f"Dppo is of the token: ratio_level must be 'token'; got {self.ratio_level!r}")
+        surrogates = [self.surrogate, *(other for other in others if other is not None)]
+        blind = self.low_probability is None and all(isinstance(x, (Reinforce, Nothing)) for x in surrogates)
+        if self.ratio_level != "token" and blind:
+            name = type(self.surrogate).__name__
+            raise ValueError(f"{name} reads no ratio: ratio_level must be 'token'; got {self.ratio_level!r}")
         check_number("log_ratio_coef", self.log_ratio_coef, 0.0)
         if self.ratio_level != "token" and any(isinstance(x, CustomSurrogate) for x in (self.surrogate, *others)):
             raise ValueError("ratio_level 'sequence' is t.rollout_mean(t.log_ratio) in a CustomSurrogate's function")

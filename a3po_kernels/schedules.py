@@ -36,7 +36,7 @@ def _at_least(value: Value, minimum: float) -> Value:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same value at every step."""
+    """The same value at every step. Raises ValueError for one below 0."""
 
     value: float
 
@@ -52,7 +52,7 @@ class LinearDecay:
     """max(minimum, start - rate * step), A3PO's schedule (arXiv 2512.21625): beta(step) = max(1, rho - alpha * step).
 
     start is rho, 2.0 as in the released scripts. rate is alpha; the paper gives no value that we could verify, and the
-    default 0.005 is ours.
+    default 0.005 is ours. All are at least 0, and start at least minimum, else ValueError is raised.
     """
 
     start: float = 2.0
@@ -61,6 +61,8 @@ class LinearDecay:
 
     def __post_init__(self):
         _check_finite(start=self.start, rate=self.rate, minimum=self.minimum)
+        if self.start < self.minimum:
+            raise ValueError(f"start must be at least minimum = {self.minimum}, where it stays; got {self.start}")
 
     def __call__(self, step: Value) -> Value:
         step = _exactly(step) if isinstance(step, Tensor) else step
@@ -69,7 +71,7 @@ class LinearDecay:
 
 @dataclass(frozen=True)
 class ExponentialDecay:
-    """minimum + (start - minimum) * exp(-rate * step)."""
+    """minimum + (start - minimum) * exp(-rate * step). Raises ValueError for one of the three below 0."""
 
     start: float = 2.0
     rate: float = 0.005
@@ -87,7 +89,10 @@ class ExponentialDecay:
 
 @dataclass(frozen=True)
 class CosineDecay:
-    """From start at step 0 to minimum at `steps` and after, along half a cosine."""
+    """From start at step 0 to minimum at `steps` and after, along half a cosine.
+
+    Raises ValueError for start or minimum below 0 and steps below 1.
+    """
 
     start: float = 2.0
     steps: int = 200

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-# What is not in the environment of the core package: the page's blocks run in the first whose pattern they have.
+# Where a block runs: in the first environment whose libraries it imports, else in that of the core package.
 IMPORT = r"^\s*(?:from|import) "
 ENVIRONMENTS = {
     "verl": re.compile(IMPORT + r"(?:a3po_kernels\.integrations\.)?verl\b", re.MULTILINE),
@@ -20,6 +20,10 @@ ENVIRONMENTS = {
 }
 # Of frameworks that no environment here has: tests/test_trainer_pages.py runs them.
 ELSEWHERE = [ROOT / "docs" / "trainers" / f"{name}.md" for name in ("megatron", "nemo-rl", "prime-rl", "slime")]
+
+# What is in an environment of its own, beside the other libraries.
+VERL = re.compile(r"^\s*from a3po_kernels\.integrations\.verl\b", re.MULTILINE)
+TRL = re.compile(r"^\s*from a3po_kernels\.integrations\.trl\b", re.MULTILINE)
 
 
 def blocks(page: Path) -> list[str]:
@@ -57,23 +61,28 @@ def has_message(text: str, quoted: str) -> bool:
     return True
 
 
-def environment(page: Path) -> str | None:
-    """Where the page's blocks run: "core", "stand-ins", or a key of ENVIRONMENTS; None without blocks."""
-    if page in ELSEWHERE:
-        return "stand-ins"
-    found = "".join(blocks(page))
-    return next((name for name, pattern in ENVIRONMENTS.items() if pattern.search(found)), "core" if found else None)
+def environment(block: str) -> str:
+    """Where a block runs: "core", or a key of ENVIRONMENTS."""
+    return next((name for name, pattern in ENVIRONMENTS.items() if pattern.search(block)), "core")
 
 
 def pages(where: str) -> list[Path]:
-    """The pages whose Python blocks run in this environment."""
-    return [page for page in PAGES if environment(page) == where]
+    """The pages with blocks that run in this environment; "core": those without others; "stand-ins": ELSEWHERE."""
+    if where == "stand-ins":
+        return ELSEWHERE
+    found = {page: {environment(block) for block in blocks(page)} for page in PAGES if page not in ELSEWHERE}
+    return [page for page, kinds in found.items() if (kinds == {"core"} if where == "core" else where in kinds)]
 
 
-def run_blocks(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """One process for a page; its blocks share their names, and a warning of ours is an error."""
+def run_blocks(page: Path, folder: Path, where: str) -> subprocess.CompletedProcess[str]:
+    """One process for a page's blocks of this environment and of the core; they share their names.
+
+    A warning of ours is an error.
+    """
     program = f"page, names = {str(page)!r}, {{'__name__': 'page'}}\n" + "".join(
-        f"exec(compile({block!r}, page, 'exec'), names)\n" for block in blocks(page)
+        f"exec(compile({block!r}, page, 'exec'), names)\n"
+        for block in blocks(page)
+        if environment(block) in ("core", where)
     )
     script = folder / "page.py"
     script.write_text(program)

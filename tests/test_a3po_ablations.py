@@ -90,7 +90,7 @@ def test_a_scheduled_polarity_weight(kind, backend, device):
 
 
 def test_words_are_checked():
-    with pytest.raises(ValueError, match="polarity must be 'both', 'positive' or 'negative'; got 'all'"):
+    with pytest.raises(ValueError, match="polarity must be one of both, positive, negative; got 'all'"):
         ak.a3po(polarity="all")
     with pytest.raises(ValueError, match="metric must be one of"):
         ak.a3po(negative_metric="margin")

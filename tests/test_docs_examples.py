@@ -21,7 +21,7 @@ README = docs_examples.ROOT / "README.md"
 
 @pytest.mark.parametrize("page", docs_examples.pages("core"), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run(page, tmp_path):
-    result = docs_examples.run_blocks(page, tmp_path)
+    result = docs_examples.run_blocks(page, tmp_path, "core")
     assert result.returncode == 0, result.stderr
     if page == README:
         # Off-policy: on-policy a loss of normalised advantages is 0 whatever the model does.
@@ -61,7 +61,7 @@ def test_a_block_that_fails_is_noticed_with_its_line(tmp_path):
     page = tmp_path / "page.md"
     first, second = "value = 1\n", "assert value == 1\nassert value == 2\n"
     page.write_text(f"# A page\n\n```python\n{first}```\n\ntext\n\n```python\n{second}```\n")
-    result = docs_examples.run_blocks(page, tmp_path)
+    result = docs_examples.run_blocks(page, tmp_path, "core")
     assert result.returncode == 1 and 'page.md", line 11' in result.stderr
 
 

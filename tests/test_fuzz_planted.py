@@ -11,10 +11,10 @@ import torch
 from batches import INTERPRETED
 
 import a3po_kernels
-from a3po_kernels import named_objectives
 from a3po_kernels.backends import torch as backend
 from a3po_kernels.backends.torch import policy_terms, selection, statistics, token_loss
 from a3po_kernels.losses import linear, one_pass, ratio_weights, rows, shaping, stages
+from a3po_kernels.named_objectives import chosen
 from a3po_kernels.objectives import TokenRule, Topr
 from a3po_kernels.ops import linear_token_logprobs
 from tests.fuzz.judge import run_case
@@ -305,7 +305,7 @@ PLANTED: dict[str, list[tuple[Any, str, Callable]]] = {
     "chunks of a rollout's ratio": [(rows, "reads_rollout", reads_rollout)],
     "rows that move without an advantage": [(rows, "_moves_without_advantage", moves_without_advantage)],
     "metrics of A3PO's polarities": [(a3po_kernels, "a3po", a3po_metric)],
-    "metric that is a function": [(named_objectives, "covariance", covariance)],
+    "metric that is a function": [(chosen, "covariance", covariance)],
 }
 
 

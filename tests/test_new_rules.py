@@ -172,7 +172,7 @@ WEIGHTS = {
 }
 LEVELS = {
     f"{name}, {level}": weighing(name, ratio_level=level, log_ratio_coef=0.2)
-    for name in ("clip", "cispo", "sapo", "reinforce", "ratio") for level in ("sequence", "sequence-token")
+    for name in ("clip", "cispo", "sapo", "ratio") for level in ("sequence", "sequence-token")
 } | {f"{name}, squared": weighing(name, log_ratio_coef=0.2) for name in others(ak)}  # fmt: skip
 OBJECTIVES = {**RULES, **REPLACEMENTS, **WEIGHTS, **LEVELS}
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import objectives_page
 import pytest
 
 from a3po_kernels import Clip, presets
+from a3po_kernels.named_objectives import CLIP_OVERRIDES, OVERRIDES
 
 TEXT = objectives_page.PAGE.read_text(encoding="utf-8")
 CALLS = objectives_page.preset_calls(TEXT)
 
 
 def defaults(name: str) -> dict:
-    parameters = inspect.signature(presets[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    """Of its own parameters, short of those that the text over the table names once."""
+    parameters = inspect.signature(presets[name]).parameters
+    shared = set(OVERRIDES) | (set(CLIP_OVERRIDES) if "dual_clip" in parameters else set())
+    return {p.name: p.default for p in parameters.values() if p.name not in shared}
 
 
 def wrong(name: str, printed: dict) -> str | None:
@@ -32,6 +36,11 @@ def wrong(name: str, printed: dict) -> str | None:
         if printed[key] != default or type(printed[key]) is not type(default):
             return f"{name} prints {key}={printed[key]!r} and has {default!r}"
     return None if presets[name](**printed) == made else f"{name} is not what its row says"
+
+
+def test_what_every_preset_takes_is_named_over_the_table():
+    text = TEXT.partition("## Presets")[2].partition("<!-- presets -->")[0]
+    assert re.findall(r"`(\w+)`", text) == [*OVERRIDES, *CLIP_OVERRIDES]
 
 
 def test_every_preset_has_one_row():

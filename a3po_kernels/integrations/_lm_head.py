@@ -65,6 +65,9 @@ def _softcap(config: Any) -> float | None:
 def head_keywords(model: nn.Module) -> dict[str, Any]:
     """The head as keywords of linear_policy_loss: weight, bias, lora, softcap, logit_scale.
 
+    Args:
+        model: a transformers causal LM, in whatever wrappers.
+
     Raises:
         ValueError, TypeError: for a head that is no plain linear layer with at most one LoRA adapter: quantised
             weights, DoRA, adapters with dropout in training, several adapters at once.

@@ -11,12 +11,16 @@ from ..objectives import Clip, Objective
 
 
 def preset_keywords(name: str) -> set[str]:
-    """The keywords that a preset takes; raises ValueError for an unknown name."""
+    """The keywords that a preset takes; raises ValueError for an unknown name.
+
+    A function of somebody else's in the registry that takes **keywords is taken to hand them to a preset.
+    """
     preset = find_preset(name)
     parameters = inspect.signature(preset).parameters.values()
-    own = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    clips = isinstance(preset().surrogate, Clip)
-    return own | OVERRIDES | (CLIP_OVERRIDES if clips else set())
+    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if len(named) == len(parameters):
+        return named
+    return named | set(OVERRIDES) | (set(CLIP_OVERRIDES) if isinstance(preset().surrogate, Clip) else set())
 
 
 def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> Objective:
@@ -38,8 +42,10 @@ def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str,
 
 
 def _respelled(message: str, given: Mapping[str, Any], spelled: Mapping[str, str]) -> str:
-    """A preset's message about one of its keywords, by what the configuration calls it."""
+    """A preset's message about its keywords, by what the configuration calls it."""
     for key in given:
+        name = spelled.get(key, key)
         if message.startswith(f"{key} must "):
-            return spelled.get(key, key) + message.removeprefix(key)
+            message = name + message.removeprefix(key)
+        message = message.replace(f" where {key} is ", f" where {name} is ")
     return message

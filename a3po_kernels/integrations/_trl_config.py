@@ -51,6 +51,11 @@ KEYWORDS = {
     "epsilon_high": "epsilon_high",
     "delta": "delta",
 }
+# TRL's fields of one objective, which TRL leaves unread with another.
+_OWN_FIELDS = {
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
 
 
 def _pickle_error(value: Any) -> Exception | None:
@@ -201,13 +206,24 @@ class A3POConfig(GRPOConfig):
         """The objective that the fields describe."""
         options = {keyword: getattr(self, name) for name, keyword in KEYWORDS.items()}
         given = [name for name, keyword in KEYWORDS.items() if options[keyword] is not None]
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        idle = [
+            (owner, name)
+            for owner, names in _OWN_FIELDS.items()
+            for name in names
+            if self.objective != owner and getattr(self, name) != defaults[name]
+        ]
         if isinstance(self.objective, Objective):
+            given += [name for _, name in idle]
             given += [name for name in ("entropy_coef", "off_policy_mask_threshold") if getattr(self, name)]
             if self.importance_sampling_level != "token":
                 given.append("importance_sampling_level")
             if given:
                 raise ValueError(f"{given[0]} is a field of the presets; set it on the Objective that was given")
             return self.objective
+        if idle:
+            owner, name = idle[0]
+            raise ValueError(f"{name} is of the objective {owner!r} and means nothing to {self.objective!r}")
         if self.epsilon is not None and self.objective == "cispo":
             raise ValueError("epsilon means nothing to the objective 'cispo', as in TRL: its bound is epsilon_high")
         if self.epsilon is not None and self.epsilon_high is None:
@@ -256,6 +272,9 @@ class A3POConfig(GRPOConfig):
         own = ("aggregation", "normalize_over", "log_ratio_coef", "kl_estimator", "kl_clamp")
         in_force |= {name: getattr(objective, name) for name in own}
         takes = None if isinstance(self.objective, Objective) else preset_keywords(self.objective)
+        own_metrics = {"positive": self.positive_metric, "negative": self.negative_metric}
+        if None not in (own_metrics.get(p) for p in own_metrics if self.selection_polarity in (None, "both", p)):
+            in_force.pop("metric", None)  # every rule has its own
         for name, keyword in KEYWORDS.items():
             if fields[name] is None and (takes is None or keyword in takes):
                 fields[name] = in_force.get(keyword)

@@ -36,6 +36,8 @@ def from_parallel_hidden_states_to_logprobs(
             the gradient is that of these rows, summed over the ranks. output_weight_layer: [V / tp, H].
         target: [B, S], int64, the ids as they were fed in: position i is scored for the id at i + 1.
         vocab_start_index, vocab_end_index: what output_weight_layer's rows are of the vocabulary.
+        runtime_gather_output: None or False; True, of gathered logits, is refused.
+        tp_group: the tensor-parallel ranks. cp_group: context-parallel ones, refused where there are more than one.
         inference_only: no gradient.
         chunk_size: positions whose logits exist at a time, in fp32; None leaves the bound to linear_token_logprobs.
 

@@ -129,8 +129,11 @@ class OutputLinear(nn.Linear):
 
     Args:
         in_features, out_features: H and V. softcap: cap of the logits, before the temperature; None: none.
-        max_chunk_bytes: as in linear_token_logprobs, in the place of prime-rl's chunk_size.
+        max_chunk_bytes: budget of the tile of logits that exists at a time, in the place of prime-rl's chunk_size;
+            None: linear_token_logprobs' default.
         device, dtype: of the weight.
+
+    Its forward raises ValueError without labels or temperature, or where one has another shape.
     """
 
     def __init__(
@@ -174,6 +177,10 @@ def swap_head(model: nn.Module, max_chunk_bytes: int | None = None) -> OutputLin
 
     It has the same weight, tied or not, and the softcap. Before FSDP wraps the model.
 
+    Args:
+        model: one that inject_prime_lm_head was called on with a chunk_size.
+        max_chunk_bytes: budget of the tile of logits that exists at a time; None: linear_token_logprobs' default.
+
     Raises:
         ValueError: model.lm_head is no fused head of prime-rl, has a bias, hooks or a weight that is sharded already.
     """
@@ -203,6 +210,13 @@ def swapping(inject: Callable[..., None], max_chunk_bytes: int | None = None) ->
 
     With chunk_size=None (the configuration's fused_lm_head_token_chunk_size is off) prime-rl asks for logits: its own
     head stays.
+
+    Args:
+        inject: prime-rl's inject_prime_lm_head.
+        max_chunk_bytes: budget of the tile of logits that exists at a time; None: linear_token_logprobs' default.
+
+    Returns:
+        A function of inject's arguments, which raises ValueError for a head that swap_head refuses.
     """
 
     def inject_prime_lm_head(model: nn.Module, chunk_size: int | None = None) -> None:

@@ -34,6 +34,7 @@ def calculate_log_probs_and_entropy(
         chunk_size: -1; slime's bound on temporaries of the logits' size, of which there are none here.
         log_prob_keep_mask: bool [T, V / tp]: log-probs are of the kept columns and the token's own, for which the
             logits are copied. The entropy is of all columns.
+        with_entropy: whether the entropy is wanted; without it the second result is None.
         with_entropy_grad: whether the entropy has a gradient.
 
     Returns:

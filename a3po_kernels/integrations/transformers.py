@@ -79,13 +79,13 @@ def plan_rows_from_batch(
     for nothing on a GPU; this waits once, or not at all where completion_mask is on the CPU, as `advantages` then are.
 
     Args:
-        batch: completion_mask, advantages and, if the loss gets it, polarity, as in policy_loss_from_model; nothing
+        batch: completion_mask [B, T], bool or 0/1, advantages [B] or [B, T] and, if the loss gets it, polarity; nothing
             else is read. completion_mask must have every token of the loss's; one that the loss leaves out is harmless.
         objective: the loss's.
         device: where the model's head will run; completion_mask's by default.
 
     Raises:
-        TypeError, ValueError: as plan_rows does.
+        TypeError, ValueError: an entry that is missing, or of the wrong shape, dtype, device or range.
     """
     check_tensors(batch, "completion_mask", "advantages")
     mask, polarity = batch["completion_mask"], batch.get("polarity")
@@ -174,8 +174,16 @@ def policy_loss_from_model(
 def token_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> TokenStats:
     """linear_token_logprobs of a causal LM's responses, for old and reference log-probs: TokenStats, each [B, T].
 
-    batch: input_ids, attention_mask, completion_mask as in policy_loss_from_model; rows that the mask leaves out are 0.
-    options: keywords of linear_token_logprobs that are not the head's.
+    Args:
+        model: a transformers causal LM; its head's weight, bias, LoRA adapter, softcap and logit scale are read.
+        batch: input_ids [B, L]; attention_mask [B, L], if any; completion_mask [B, T], bool or 0/1: which of the last T
+            columns are tokens of the response; rows that it leaves out are 0. Other arguments of the model's forward
+            go to it as they are; an entry that neither reads is a ValueError.
+        options: keywords of linear_token_logprobs that are not the head's: temperature, compaction, ...
+
+    Raises:
+        TypeError, ValueError: an entry of the batch that is missing, no tensor or read by nobody, or a head that cannot
+            be read.
     """
     targets, mask = _completions(model, batch)
     masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
@@ -187,7 +195,20 @@ def token_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], **opti
 
 
 def min_p_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], min_p: float, **options: Any) -> Tensor:
-    """linear_min_p_token_logprobs of a causal LM's responses, Lp-Reg's proxy under the old policy: [B, T]."""
+    """linear_min_p_token_logprobs of a causal LM's responses, Lp-Reg's proxy under the old policy: [B, T], nats.
+
+    Args:
+        model: a transformers causal LM; its head's weight, bias, LoRA adapter, softcap and logit scale are read.
+        batch: input_ids [B, L]; attention_mask [B, L], if any; completion_mask [B, T], bool or 0/1: which of the last T
+            columns are tokens of the response; rows that it leaves out are 0. Other arguments of the model's forward
+            go to it as they are; an entry that neither reads is a ValueError.
+        min_p: kappa, in (0, 1].
+        options: keywords of linear_min_p_token_logprobs that are not the head's.
+
+    Raises:
+        TypeError, ValueError: an entry of the batch that is missing, no tensor or read by nobody, a head that cannot be
+            read, or min_p out of range.
+    """
     targets, mask = _completions(model, batch)
     masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
 

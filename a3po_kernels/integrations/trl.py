@@ -50,10 +50,15 @@ class A3POTrainer(GRPOTrainer):
     and entropy/positive, entropy/negative, selected_fraction/positive, selected_fraction/negative, active_fraction,
     weight_beta.
 
+    Args:
+        model: a causal LM of transformers, or its name, as GRPOTrainer takes it.
+        reward_funcs: TRL's reward functions, models or their names.
+        args: an A3POConfig; None: its defaults, with a folder named after the model.
+        rest, options: GRPOTrainer's other arguments: train_dataset, processing_class, peft_config, ...
+
     Raises:
         TypeError, ValueError: at construction, for arguments that are no A3POConfig, vision-language models, DeepSpeed
-            ZeRO-3, FSDP1, an adapter on the head (TRL's own check), and heads that cannot be read (see
-            integrations.transformers).
+            ZeRO-3, FSDP1, an adapter on the head (TRL's own check), and heads that cannot be read.
     """
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012 (TRL's attribute)

@@ -57,6 +57,9 @@ def set_step(step: int) -> None:
     """Sets the training step, for a run that resumes; verl passes none to its policy losses, so it is counted here.
 
     It counts optimizer steps that follow a policy loss. The environment variable A3PO_INITIAL_STEP sets its start.
+
+    Raises:
+        ValueError: step is no integer of at least 0.
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be an integer of at least 0; got {step!r}")
@@ -127,7 +130,13 @@ def register_objective(name: str, objective: Objective | str, *, bounds_from_con
     The function has verl's signature. Aggregation is verl's loss_agg_mode with its global batch info (SAPO's is
     seq-mean-token-mean, as in verl), and with `bounds_from_config` the clipping bounds, clip_ratio_c and tau_pos and
     tau_neg of the actor's configuration replace the objective's own. KL and entropy terms are verl's (kl_loss_coef,
-    entropy_coeff). Token weights come from old_log_prob and the sign of the advantages.
+    entropy_coeff). Token weights come from old_log_prob and the sign of the advantages. Where verl gives a count, of
+    all tokens or rollouts, that is the divisor, with normalize_over "selected" too.
+
+    Args:
+        name: what policy_loss.loss_mode calls it.
+        objective: an Objective, or a preset's name.
+        bounds_from_config: False leaves the objective's own bounds.
 
     Raises:
         ValueError: for an objective that reads what verl does not pass: an entropy, a min-p proxy, a KL term.

@@ -120,7 +120,8 @@ def multi_reward_advantages(
         [S] advantages in the dtype of rewards, without a gradient.
 
     Raises:
-        ValueError, TypeError: as group_advantages; weights that are not finite, too.
+        ValueError, TypeError: mismatched shapes or dtypes; rewards or weights that are NaN or infinite and lengths that
+            are negative or not finite, on the CPU or with validate. On a GPU without it the advantages are NaN.
     """
     _check_rewards(rewards, 2, "[S, K]")
     if not rewards.shape[1]:

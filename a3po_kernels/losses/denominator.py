@@ -43,14 +43,15 @@ def global_denominator(
                 out.loss.backward()                     # DistributedDataParallel averages the gradients over its ranks
 
     Args:
-        objective: as the losses get it; its aggregation says what is counted: tokens (token-mean), rollouts with a
-            token (seq-mean-token-sum, seq-mean-token-mean), or rollouts times max_length (seq-mean-token-sum-norm).
+        objective: the losses' Objective, or a preset's name; its aggregation says what is counted: tokens (token-mean),
+            rollouts with a token (seq-mean-token-sum, seq-mean-token-mean), or rollouts times max_length
+            (seq-mean-token-sum-norm).
             With normalize_over "selected", of the tokens that PolarityWeights keep.
         mask: the tokens of all of this rank's micro-batches, [B, T], or [N] with cu_seqlens; bool or 0/1, and 0 where
             a target is ignore_index. None: every row of the advantages [B, T], or of cu_seqlens, is a token.
-        advantages, polarity: as the losses get them, of the same rollouts; read for normalize_over "selected" alone,
-            by the polarity's sign, or the advantages' if there is none.
-        cu_seqlens: [S + 1] offsets of packed rollouts.
+        advantages, polarity: of the same rollouts, per rollout [B] or [S] or per token; read for normalize_over
+            "selected" alone, by the polarity's sign, or the advantages' if there is none.
+        cu_seqlens: int32 or int64 [S + 1] offsets of packed rollouts, first 0, last N.
         max_length: of seq-mean-token-sum-norm, always; the same as the losses'.
         group: the ranks that the losses are summed over, each token of the step on one of them; None is the default
             group (without torch.distributed: this process). With tensor parallelism it must be the data-parallel ranks:

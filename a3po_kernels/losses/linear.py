@@ -77,38 +77,100 @@ def linear_policy_loss(
     validate: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
-    """policy_loss of the logits hidden @ weight.T + bias, which never exist as a whole.
+    """The loss of an objective on the logits hidden @ weight.T + bias, which never exist as a whole, and its gradient.
+
+    A batch is padded, hidden [B, T, H] with one rollout a row, or packed, hidden [N, H] with cu_seqlens [S + 1]. "Per
+    token" below is [B, T] or [N]. A row is a token where the mask is 1 and its target is not `ignore_index`; what other
+    rows hold never matters. All statistics are fp32, or fp64 for an fp64 head.
 
     Args:
-        hidden: [B, T, H], or [N, H] with cu_seqlens; row i predicts targets[i]. It and weight may be DTensors, the rest
-            may not; what the loss is then of is this rank's rows.
-        weight, bias, vocab_size, lora, main_grad, compaction, head_dtype, tp_group, vocab_start, hidden_layout,
-            grad_hidden: as in linear_token_logprobs. Of a split head in one pass every chunk's statistics are gathered
-            while the next one's logits are formed, and dHidden is summed while the weight's gradient is.
-        max_chunk_bytes: as there; in one pass by default 1/32 of a GPU's memory, halved while that is more than half of
-            what is free (not of a split head, whose ranks must cut the rows alike: on unequal cards give it). More
-            chunks are slower, hold less, and sum the weight's gradient in another order.
+        hidden: [B, T, H], or [N, H] with cu_seqlens, fp16, bf16, fp32 or fp64; row i predicts targets[i]. It and weight
+            may be DTensors, the rest may not; what the loss is then of is this rank's rows.
+        weight: [V, H]; frozen or tied weights need nothing special. Its gradient is in its own dtype, or in fp32 where
+            `weight.grad_dtype` says so. A DTensor that is Shard(0) over one dimension of its mesh gives tp_group,
+            vocab_start and vocab_size.
+        targets: per token, int32 or int64, already shifted.
+        advantages: per rollout [B] or [S], or per token; per rollout wins where both fit.
+        objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed; or a preset's name, with its
+            defaults.
+        bias: [V].
+        vocab_size: the true vocabulary where weight has more rows (padding); those take no part in the softmax.
+        lora: (A [r, H], B [V, r], scale) of an adapter: the logits of weight + scale * B @ A, which is not formed.
+        main_grad: fp32 [V, H], to which backward adds the weight's gradient; weight.grad then stays as it is.
+        max_chunk_bytes: budget of the tile of logits that exists at a time; in one pass by default 1/32 of a GPU's
+            memory, halved while that is more than half of what is free (not of a split head, whose ranks must cut the
+            rows alike: on unequal cards give it); else 1/128, between 64 MiB and 1 GiB; 64 MiB on the CPU. More chunks
+            are slower, hold less, and sum the weight's gradient in another order.
         route: "one-pass" forms the logits of a chunk of rows once, with their gradient in place; it needs all that a
             token's coefficients depend on in one chunk: nothing but the token, or whole rollouts (a rollout-wide ratio,
             a selection by the current policy), or the batch. Its gradient is scaled by the incoming one in backward,
             which therefore runs once. "recompute" takes the statistics first and forms the logits of the rows that
             have a gradient again in backward. "auto": one-pass where it is possible, else recompute; a number of
             rows as compaction takes recompute, and so does what needs whole rollouts under cp_group.
+        compaction: "exact" leaves out rows without a gradient (and masked ones), for which a GPU waits unless a plan is
+            given; "none" computes every row; "auto" is "exact", but "none" under torch.compile and while a CUDA graph
+            is captured. A number n lets backward multiply n rows on a GPU, without waiting; if more have a gradient,
+            every gradient is NaN rather than wrong. On the CPU a number is "exact".
         statistics: "all" tokens, or "active": only those that may have a gradient, or that one with a gradient
             depends on; the others never meet the weight. Their log-probs and entropy are 0, and the metrics are means
             over the computed tokens (token_count and active_fraction are of all of them). With a number of rows as
             compaction these must fit as well, else everything is NaN.
+        head_dtype: of the products and of the logits; by default autocast's, else the wider of hidden's and weight's.
         plan: plan_rows' of this batch. On a GPU the number of rows to multiply is then known ahead; without one (and
             with compaction "auto" or "exact") the call waits for it once, before its first product.
-        The rest: as in policy_loss.
+        tp_group: a torch.distributed group whose ranks share the vocabulary: weight, bias and lora's B are this rank's
+            rows of it, targets are global numbers, and all else is equal on all ranks. In one pass every chunk's
+            statistics are gathered while the next one's logits are formed.
+        vocab_start: the global number of weight's first row, or (first, stop) where the rows from stop on are padding;
+            by default the ranks hold equal parts in rank order.
+        hidden_layout: "replicated", or "sequence_sharded": hidden has this rank's part of the rows, in rank order.
+        grad_hidden: what becomes of each rank's part of dHidden: "all_reduce", summed on every rank (the default);
+            "reduce_scatter", at the rows that "sequence_sharded" gives this rank (the default there); "partial", left
+            for the caller to sum.
+        old_logprobs: per token, log-probs of the behaviour policy (nats); None is on-policy, with ratio exactly 1.
+        ref_logprobs: per token, of the reference policy (nats), for the KL term.
+        mask: per token, bool or 0/1; every row if None.
+        cu_seqlens: int32 or int64 [S + 1] offsets of packed rollouts, first 0, last N; empty rollouts are fine.
+        polarity: +1, -1 or 0, per rollout or per token; the sign of the advantages if None.
+        old_entropy: per token (nats), for rules on the old policy's entropy.
+        min_p_logprobs: per token, of the old policy, for Lp-Reg, by min_p_token_logprobs; on-policy it is computed.
+        importance_weights: per rollout or per token, constant factors of the surrogate (trainer/rollout mismatch).
+        scores: per-token tensors by name, for rules whose metric is one of the names.
+        group: a torch.distributed group of data-parallel ranks, each token on one of them, over which rules of scope
+            "global" select and `reduce_metrics` reduces; None is the default group (without torch.distributed: this
+            process). A group that nothing would be reduced over is a ValueError.
+        reduce_metrics: whether metrics are those of the tokens of all ranks of `group` (and of cp_group), the same bits
+            on each, without a host read; every rank must then make the same calls.
+        cp_group: the context-parallel ranks, each of which holds some tokens of every rollout, [B, T / ranks] or packed
+            with the cu_seqlens of its own tokens: the same rollouts in the same order, any of them empty on a rank.
+            What is per rollout is given alike on all ranks; no token is gathered. The loss is this rank's part: parts,
+            and the gradients of parameters that the ranks share, are to be summed over cp_group.
+        positions: under cp_group, per token, int32 or int64: its place in its rollout, from 0; it decides ties. None:
+            the ranks hold consecutive blocks of T of each rollout in the order of their numbers.
+        step: training step of the schedules, a number or a 0-d tensor.
+        denominator: replaces what the aggregation divides by, a number or a 0-d tensor, such as global_denominator's
+            count over all ranks and accumulation steps. Nothing is reduced over ranks here.
+        max_length: of seq-mean-token-sum-norm; T if padded and not given (times the ranks of cp_group).
+        temperature: what the logits are divided by: a number, a 0-d tensor, or one per token.
+        softcap: bound of a tanh softcap of the logits, before the temperature; None: none.
+        logit_scale: multiplies the logits before the softcap.
+        ignore_index: a row with this target is no token.
+        validate: on a GPU also check values, not only shapes, which waits for it. The CPU always checks. Over the ranks
+            of tp_group one small collective first finds out whether they make the same call.
+        backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
 
     Returns:
-        PolicyLossOutput as policy_loss gives; route is "one-pass", "recompute", or "statistics" where nothing requires
-        a gradient.
+        PolicyLossOutput(loss, logprobs, entropy, weights, metrics, route); route is "one-pass", "recompute", or
+        "statistics" where nothing requires a gradient. metrics, 0-d device tensors: the means over tokens entropy, kl
+        (to the reference), approx_kl (of old - current log-prob), ratio_mean; ratio_max; clip_fraction_low and _high,
+        dual_clip_fraction, active_fraction (tokens with a gradient); selected_fraction_positive and _negative (of that
+        polarity's tokens, by a TokenRule); weight (the first TokenRule's scale); kl_clamped_fraction; token_count.
 
     Raises:
-        ValueError, TypeError, IndexError: as policy_loss does, and for route="one-pass" where a chunk cannot hold what
-            it must.
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range, or one that the objective needs
+            and did not get. Nothing is launched then.
+        ValueError: route="one-pass" where a chunk cannot hold what it must.
+        IndexError: a target outside the vocabulary, on the CPU or with `validate`.
         RuntimeError: on a double backward; on a second backward of the one-pass route.
     """
     if validate and tp_group is not None:
@@ -278,6 +340,14 @@ class LinearPolicyLoss(nn.Module):
     """linear_policy_loss as a module: the objective and the keywords given here are fixed, the batch comes by call.
 
     Call it as linear_policy_loss(hidden, weight, targets, advantages, **the rest); a call may override the keywords.
+
+    Args:
+        objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed; or a preset's name.
+        options: keywords of linear_policy_loss: temperature, route, compaction, max_chunk_bytes, ...
+
+    Raises:
+        TypeError, ValueError: objective is none, or a keyword that linear_policy_loss does not take. What else is wrong
+            is found by the call.
     """
 
     def __init__(self, objective: Objective | str, **options):

@@ -99,7 +99,9 @@ def policy_loss(
     rows hold never matters. All statistics are fp32, or fp64 for fp64 logits.
 
     Args:
-        logits: fp16, bf16, fp32 or fp64, any strides; or a DTensor, as in token_logprobs.
+        logits: fp16, bf16, fp32 or fp64, any strides; or a DTensor: Shard(-1) over one dimension of its mesh gives
+            tp_group, vocab_start and vocab_size, over others it is Replicate or a Shard of its rows, and all else is
+            this rank's.
         targets: per token, int32 or int64, already shifted: row i of the logits predicts targets[i].
         advantages: per rollout [B] or [S], or per token; per rollout wins where both fit.
         objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed; or a preset's name
@@ -133,8 +135,20 @@ def policy_loss(
         denominator: replaces what the aggregation divides by, a number or a 0-d tensor: e.g. the token (or rollout)
             count over all ranks and accumulation steps, see global_denominator. Nothing is reduced over ranks here.
         max_length: of seq-mean-token-sum-norm; T if padded and not given (times the ranks of cp_group).
-        temperature, softcap, logit_scale, ignore_index, inplace_backward, tp_group, vocab_start, vocab_size, validate,
-            backend: as in token_logprobs.
+        temperature: what the logits are divided by: a number, a 0-d tensor, or one per token.
+        softcap: bound of a tanh softcap of the logits, before the temperature; None: none.
+        logit_scale: multiplies the logits before the softcap.
+        ignore_index: a row with this target is no token.
+        inplace_backward: lets backward write the gradient over the logits, which are spoilt then; it saves a tensor of
+            their size.
+        tp_group: a torch.distributed group whose ranks share the vocabulary: logits are this rank's columns of it,
+            targets are global numbers, and every rank gets the same statistics and the gradient of its own columns.
+        vocab_start: the global number of the first column, or (first, stop) where the columns from stop on are padding;
+            by default the ranks hold equal parts in rank order.
+        vocab_size: the true vocabulary where logits have more columns (padding); those take no part in the softmax.
+        validate: on a GPU also check values, not only shapes, which waits for it. The CPU always checks. Over the ranks
+            of tp_group one small collective first finds out whether they make the same call.
+        backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
         route: "one-launch" takes a row's statistics, its coefficient and its gradient while the row is in the cache:
             one pass over memory less. It needs weights, divisor and ratio that are known from the token alone, and not
             fp16 logits. The gradient is then formed in forward (with `inplace_backward` over the
@@ -148,7 +162,7 @@ def policy_loss(
         over tokens entropy, kl (to the reference; 0 without one), approx_kl (of old - current log-prob), ratio_mean;
         ratio_max; clip_fraction_low, clip_fraction_high, dual_clip_fraction, active_fraction (tokens with a non-zero
         gradient); selected_fraction_positive and _negative (of the tokens of that polarity, selected by a TokenRule);
-        weight (the first TokenRule's scale at this step); token_count.
+        weight (the first TokenRule's scale at this step); kl_clamped_fraction (tokens at kl_clamp); token_count.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or range, or one that the objective needs
@@ -223,9 +237,23 @@ def policy_loss(
 class PolicyLoss(nn.Module):
     """policy_loss as a module: the objective and the logit transform are fixed, the batch comes by call.
 
-    Args: objective and the keywords temperature, softcap, logit_scale, ignore_index, inplace_backward, tp_group,
-    vocab_start, vocab_size, validate, backend and route of policy_loss. Call it as
-    policy_loss(logits, targets, advantages, **the rest); a call may override them.
+    Call it as policy_loss(logits, targets, advantages, **the rest); a call may override the keywords given here.
+
+    Args:
+        objective: an Objective, from a preset (grpo(), dapo(), a3po(), ...) or composed; or a preset's name.
+        temperature: what the logits are divided by: a number, a 0-d tensor, or one per token.
+        softcap: bound of a tanh softcap of the logits, before the temperature; None: none.
+        logit_scale: multiplies the logits before the softcap.
+        ignore_index: a row with this target is no token.
+        inplace_backward: lets backward write the gradient over the logits.
+        tp_group, vocab_start, vocab_size: the ranks that share the vocabulary, the global number of this one's first
+            column, and the true vocabulary where logits have more columns.
+        validate: on a GPU also check values, which waits for it.
+        backend: "triton", "torch" or "auto".
+        route: "auto", "one-launch" or "two-stage".
+
+    Raises:
+        TypeError, ValueError: objective or route is none. What else is wrong is found by the call.
     """
 
     def __init__(

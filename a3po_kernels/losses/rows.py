@@ -166,8 +166,10 @@ def plan_rows(
 
     Args:
         mask: per token, [B, T], or [N] with cu_seqlens; bool or 0/1.
-        advantages, polarity, cu_seqlens: as the loss gets them.
-        objective: as the loss gets it.
+        advantages: per rollout [B] or [S], or per token; per rollout wins where both fit.
+        objective: the loss's Objective, or a preset's name.
+        cu_seqlens: int32 or int64 [S + 1] offsets of packed rollouts, first 0, last N.
+        polarity: +1, -1 or 0, per rollout or per token; the sign of the advantages if None.
         device: where the loss will run; the mask's by default.
 
     Returns:
@@ -176,7 +178,7 @@ def plan_rows(
         another batch is never silently wrong.
 
     Raises:
-        ValueError, TypeError: as linear_policy_loss does for these arguments.
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
     """
     check_tensor("mask", mask)
     if not runs_plainly(mask):

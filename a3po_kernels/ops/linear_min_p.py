@@ -84,17 +84,44 @@ def linear_min_p_token_logprobs(
     validate: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """min_p_token_logprobs of the logits hidden @ weight.T + bias, which never exist as a whole; not differentiable.
+    """Log-probability (nats) of each target among the tokens with p >= min_p * max p (Lp-Reg, arXiv 2510.03222).
+
+    p is the softmax of the logits hidden @ weight.T + bias, which never exist as a whole, after the scale and the
+    softcap, before any temperature; what is kept is renormalised. Not differentiable.
 
     Args:
-        hidden: [..., H]; weight: [V, H]; targets: [...]; min_p: as in min_p_token_logprobs; the others: as in
-            linear_token_logprobs, but that a chunk holds whole rows.
+        hidden: [..., H], fp16, bf16, fp32 or fp64; row i predicts targets[i]. It and weight may be DTensors.
+        weight: [V, H]; one that is Shard(0) over a dimension of its mesh gives tp_group, vocab_start and vocab_size.
+        targets: [...], int32 or int64.
+        min_p: kappa, in (0, 1].
+        bias: [V].
+        vocab_size: the true vocabulary where weight has more rows (padding); those take no part in the softmax.
+        lora: (A [r, H], B [V, r], scale) of an adapter: the logits of weight + scale * B @ A, which is not formed.
+        softcap: bound of a tanh softcap, or None.
+        logit_scale: multiplies the logits before the softcap.
+        ignore_index: the target of a row that is not computed.
+        head_dtype: of the products and of the logits; by default autocast's, else the wider of hidden's and weight's.
+        max_chunk_bytes: budget of the tile of logits that exists at a time, which holds whole rows; by default 1/128 of
+            a GPU's memory, between 64 MiB and 1 GiB; 64 MiB on the CPU.
+        compaction: "exact" leaves out ignored rows, for which a GPU waits once; "none" computes every row; "auto" is
+            "exact" but while a CUDA graph is captured and under torch.compile. A number is "exact" on the CPU, else
+            "none".
+        tp_group: a torch.distributed group whose ranks share the vocabulary: weight, bias and lora's B are this rank's
+            rows of it, and targets are global numbers; one number a row is gathered, then two. Every rank gets the same
+            result.
+        vocab_start: the global number of the first row, or (first, stop) where those from stop on are padding; by
+            default the ranks hold equal parts in rank order.
+        hidden_layout: "replicated", or "sequence_sharded": hidden has this rank's part of the rows, in rank order.
+        validate: on a GPU also check values, not only shapes, which waits for it. The CPU always checks. Over the ranks
+            of tp_group one small collective first finds out whether they make the same call.
+        backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
 
     Returns:
         [...], in fp32 (fp64 for an fp64 head): -inf for a filtered target, 0 where the target is ignored.
 
     Raises:
-        ValueError, TypeError, IndexError: as linear_token_logprobs does.
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
+        IndexError: a target outside the vocabulary, on the CPU or with `validate`.
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())

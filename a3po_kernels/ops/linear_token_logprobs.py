@@ -260,7 +260,10 @@ def linear_token_logprobs(
     validate: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
-    """token_logprobs of the logits hidden @ weight.T + bias, which never exist as a whole.
+    """Log-probability of each target and entropy of the logits hidden @ weight.T + bias, which never exist as a whole.
+
+    With y = logit_scale * logits, u = softcap * tanh(y / softcap) (u = y without one) and x = u / temperature:
+    logp = x[target] - log sum exp x and H = -sum p log p, in nats.
 
     Differentiable in hidden, weight, bias and the adapter; what does not require a gradient costs no product. dHidden
     and dWeight are summed over tiles in fp32 and rounded once.
@@ -282,7 +285,10 @@ def linear_token_logprobs(
         vocab_size: the true vocabulary where weight has more rows (padding); those take no part in the softmax.
         lora: (A [r, H], B [V, r], scale) of an adapter: the logits of weight + scale * B @ A, which is not formed.
         main_grad: fp32 [V, H], to which backward adds the weight's gradient; weight.grad then stays as it is.
-        temperature, softcap, logit_scale, ignore_index, validate, backend: as in token_logprobs.
+        temperature: a number, a 0-d tensor, or one per token [...].
+        softcap: bound of a tanh softcap, or None.
+        logit_scale: multiplies the logits before the softcap.
+        ignore_index: the target of a row that is not computed.
         head_dtype: of the products and of the logits; by default autocast's, else the wider of hidden's and weight's.
             torch.float32 is an fp32 head, under autocast too.
         max_chunk_bytes: budget of the tile of logits that exists at a time. By default 1/128 of a GPU's memory,
@@ -307,12 +313,17 @@ def linear_token_logprobs(
         grad_hidden: what becomes of each rank's part of dHidden: "all_reduce", summed on every rank, in fp32 (the
             default); "reduce_scatter", summed at the rows that "sequence_sharded" gives this rank and 0 elsewhere (the
             default there); "partial", left for the caller to sum.
+        validate: on a GPU also check values, not only shapes, which waits for it. The CPU always checks. Over the ranks
+            of tp_group one small collective first finds out whether they make the same call.
+        backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
 
     Returns:
         TokenStats(logprobs, entropy), each [...], in fp32 (fp64 for an fp64 head).
 
     Raises:
-        ValueError, TypeError, IndexError, RuntimeError: as token_logprobs does.
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
+        IndexError: a target outside the vocabulary, on the CPU or with `validate`.
+        RuntimeError: on a double backward, which is not implemented.
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())

@@ -83,15 +83,28 @@ def min_p_token_logprobs(
     differentiable: the proxy is a constant of the objective.
 
     Args:
-        logits: [..., V]; targets: [...]; softcap, logit_scale, ignore_index, tp_group, vocab_start, vocab_size,
-            validate, backend: as in token_logprobs; of a split vocabulary one number a row is gathered, then two.
+        logits: [..., V], fp16, bf16, fp32 or fp64; row i predicts targets[i] (nothing is shifted). Or a DTensor whose
+            Shard(-1) over one dimension of its mesh gives tp_group, vocab_start and vocab_size.
+        targets: [...], int32 or int64.
         min_p: kappa, in (0, 1].
+        softcap: bound of a tanh softcap, or None.
+        logit_scale: multiplies the logits before the softcap.
+        ignore_index: the target of a row that is not computed.
+        tp_group: a torch.distributed group whose ranks share the vocabulary: the logits are this rank's columns of it,
+            and targets are global numbers; one number a row is gathered, then two. Every rank gets the same result.
+        vocab_start: the global number of the first column, or (first, stop) where those from stop on are padding; by
+            default the ranks hold equal parts in rank order.
+        vocab_size: the true vocabulary where logits have more columns (padding); those take no part in the softmax.
+        validate: on a GPU also check values, not only shapes, which waits for it. The CPU always checks. Over the ranks
+            of tp_group one small collective first finds out whether they make the same call.
+        backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
 
     Returns:
         [...], fp32 (fp64 for fp64 logits): -inf for a filtered target, 0 where the target is ignored.
 
     Raises:
-        ValueError, TypeError, IndexError: as token_logprobs does.
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
+        IndexError: a target outside the vocabulary, on the CPU or with `validate`.
     """
     if validate and tp_group is not None:
         check_agreement(tp_group, locals())

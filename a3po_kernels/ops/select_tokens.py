@@ -102,6 +102,8 @@ def select_tokens(
         positions: int32 or int64, of the metric's shape: each one's place in its rollout, from 0, for ties; under
             cp_group. None: the ranks hold consecutive blocks of each rollout, equally long, in the order of their
             numbers; with cu_seqlens they must be given.
+        validate: on a GPU also check the values of mask and cu_seqlens, which waits for it. The CPU always checks.
+        backend: "triton", "torch" or "auto" (Triton on a GPU it supports, else torch).
 
     Returns:
         A bool mask of the metric's shape.

@@ -18,7 +18,10 @@ from ..parallel.vocabulary import Shard, Split, read_split
 
 
 class TokenStats(NamedTuple):
-    """Log-probability of each target and entropy of each distribution (nats), fp32 (fp64 for fp64 logits)."""
+    """logprobs, the log-probability of each target, and entropy, that of each distribution: nats, per row.
+
+    fp32, or fp64 for fp64 logits; 0 where the row's target is ignored.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -217,9 +220,14 @@ def token_logprobs(
         inplace_backward: lets backward write the gradient over the logits. It saves a tensor of the logits' size; the
             logits are spoilt afterwards (autograd notices if something else still needed them; of a DTensor it would
             not, so that is refused).
-        tp_group, vocab_start, vocab_size: where the logits are this rank's columns of a vocabulary that the ranks of a
-            torch.distributed group share, as in linear_token_logprobs; targets are global numbers. Every rank gets the
-            same statistics, by one all-gather of four numbers a row, and the gradient of its own columns.
+        tp_group: a torch.distributed group whose ranks share the vocabulary: the logits are this rank's columns of it,
+            and targets are global numbers. Every rank gets the same statistics, by one all-gather of four numbers a
+            row, and the gradient of its own columns.
+        vocab_start: the global number of the first column, or (first, stop) where the columns from stop on are padding;
+            by default the ranks hold equal parts in rank order. Given without vocab_size, the ranks exchange their
+            sizes, for which a GPU waits.
+        vocab_size: the true vocabulary (with tp_group the whole one's) where logits have more columns (padding); those
+            take no part in the softmax.
         validate: on a GPU also check values, not only shapes; this synchronises with the host. The CPU always checks.
             Over the ranks of tp_group one small collective finds out whether they make the same call, before they wait
             for each other: on every rank or on none.

@@ -131,7 +131,9 @@ def estimate_memory(
         route: "auto" takes what linear_policy_loss does, "one-pass" and "recompute" as there, "statistics" is a call
             under no_grad.
         active_fraction: share of the rows with a gradient, where compaction leaves the others out.
-        statistics, max_chunk_bytes, backend: as in linear_policy_loss.
+        statistics: "all" tokens, or "active": of the rows with a gradient alone.
+        max_chunk_bytes: budget of the tile of logits; None: linear_policy_loss's default on the device.
+        backend: "triton", "torch" or "auto".
         device: "cpu" (the default without device_memory), "cuda", which asks the GPU that is here for its memory, or
             the name of a card that need not be here, such as "h100" (planning.cards has them all).
         device_memory: bytes of a card that is not here, of no name. The default chunks are what such a card takes while

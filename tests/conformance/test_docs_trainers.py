@@ -30,7 +30,7 @@ def test_there_are_such_pages():
 
 @pytest.mark.parametrize("page", docs_examples.pages("trl"), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run(page, tmp_path):
-    result = docs_examples.run_blocks(page, tmp_path)
+    result = docs_examples.run_blocks(page, tmp_path, "trl")
     assert result.returncode == 0, result.stderr
 
 

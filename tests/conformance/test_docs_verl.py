@@ -1,4 +1,4 @@
-"""docs/trainers/verl.md: its command's settings are verl's, its block runs, and its table has what our losses log."""
+"""The pages with blocks for verl run; the command of docs/trainers/verl.md has verl's settings, its table our names."""
 
 from __future__ import annotations
 
@@ -76,5 +76,11 @@ def test_its_block_registers_an_objective():
         del POLICY_LOSS_REGISTRY["a3po_strong"]
 
 
-def test_it_is_the_page_with_verl():
-    assert docs_examples.pages("verl") == [PAGE]
+def test_there_are_pages_with_verl():
+    assert {PAGE.name, "extending.md"} <= {page.name for page in docs_examples.pages("verl")}
+
+
+@pytest.mark.parametrize("page", docs_examples.pages("verl"), ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run(page, tmp_path):
+    result = docs_examples.run_blocks(page, tmp_path, "verl")
+    assert result.returncode == 0, result.stderr

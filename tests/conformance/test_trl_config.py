@@ -69,6 +69,17 @@ def test_a_config_is_a_command_line_and_json():
         ({"objective": "sapo", "epsilon": 0.2}, "epsilon means nothing"),
         ({"objective": "a3po", "token_ratio": 1.5}, "ratio"),
         ({"objective": ak.dapo(), "rho": 2.0}, "rho is a field of the presets"),
+        ({"objective": ak.a3po(schedule=ak.CosineDecay()), "rho": 3.0}, "rho is a field of the presets"),
+        ({"objective": ak.a3po(schedule=ak.CosineDecay()), "alpha": 0.1}, "alpha is a field of the presets"),
+        ({"rho": 0.5}, r"^rho must be finite and lie in \[1.0"),
+        ({"selection_polarity": "positive", "negative_metric": "entropy"},
+         "^negative_metric must be left out where selection_polarity is 'positive'"),
+        ({"selection_metric": "entropy", "positive_metric": "entropy", "negative_metric": "entropy"},
+         "^selection_metric must be left out where every rule has its own, positive_metric and negative_metric"),
+        ({"objective": "topr", "importance_sampling_level": "sequence"}, "Reinforce reads no ratio"),
+        ({"sapo_temperature_pos": 2.0}, "^sapo_temperature_pos is of the objective 'sapo' and means nothing to 'a3po'"),
+        ({"objective": "sapo", "vespo_k_pos": 1.0}, "^vespo_k_pos is of the objective 'vespo' and means nothing"),
+        ({"objective": ak.vespo(), "vespo_k_pos": 1.0}, "^vespo_k_pos is a field of the presets"),
         ({"objective": ak.dapo(kl_coef=0.1), "beta": 0.2}, "differ"),
         ({"loss_type": "grpo"}, "loss_type = 'grpo' is not supported"),
         ({"loss_type": "dapo"}, "the objective, here 'a3po', sets the loss: give .*, objective='dapo' perhaps"),
@@ -77,7 +88,7 @@ def test_a_config_is_a_command_line_and_json():
         ({"token_ratio": 20}, r"^token_ratio must lie in \(0, 1\]; got 20"),
         ({"objective": "fork_tokens", "token_ratio": 0.0}, "^token_ratio must lie in"),
         ({"rho": -1.0}, "^rho must be finite"),
-        ({"selection_polarity": "up"}, "^selection_polarity must be 'both'"),
+        ({"selection_polarity": "up"}, "^selection_polarity must be one of both"),
         ({"selection_metric": "margin"}, "^selection_metric must be one of probability, entropy"),
         ({"objective": "kl_cov", "covariance_penalty": -1.0}, "^covariance_penalty must be finite"),
         ({"objective": "grpo", "epsilon": -0.5}, "^epsilon must be finite"),
@@ -104,6 +115,19 @@ def test_a_number_that_is_none_is_named_as_it_was_written():
 
 def logged(**options):
     return A3POConfig("unused", report_to=[], use_cpu=True, bf16=False, **options).to_dict()
+
+
+def test_what_is_logged_is_in_force_and_taken_again():
+    """Of each preset, and of A3PO where each rule has its own metric, which leaves the common one out."""
+    own = ({"positive_metric": "entropy", "negative_metric": "probability"},
+           {"selection_polarity": "positive", "positive_metric": "entropy"})  # fmt: skip
+    assert [logged(**options)["selection_metric"] for options in ({}, *own)] == ["probability", None, None]
+    for options in ({"objective": name} for name in ak.presets):
+        fields = logged(**options)
+        again = {name: fields[name] for name in (*_trl_config.KEYWORDS, "importance_sampling_level")}
+        assert built(**options, **again) == built(**options), options
+    for options in own:
+        assert built(**{name: logged(**options)[name] for name in _trl_config.KEYWORDS}) == built(**options)
 
 
 def test_a_tracker_gets_the_values_in_force():

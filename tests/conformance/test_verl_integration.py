@@ -153,6 +153,13 @@ def test_what_verl_does_not_pass_is_refused(objective, missing):
     assert before == POLICY_LOSS_REGISTRY
 
 
+def test_a_schedule_beside_rho_is_refused_on_the_way_to_verl():
+    before = dict(POLICY_LOSS_REGISTRY)
+    with pytest.raises(ValueError, match=r"^rho must be left out where schedule is given"):
+        integration.register_objective("mine", a3po_kernels.a3po(rho=3.0, schedule=a3po_kernels.CosineDecay()))
+    assert before == POLICY_LOSS_REGISTRY
+
+
 def test_an_objective_of_ones_own(monkeypatch):
     monkeypatch.delitem(POLICY_LOSS_REGISTRY, "mine", raising=False)
     function = integration.register_objective("mine", a3po_kernels.a3po(rho=3.0), bounds_from_config=False)

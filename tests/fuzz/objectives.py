@@ -111,7 +111,10 @@ def draw_rule(rng: random.Random, choosy: bool, replacements: tuple[str, ...]) -
     if replacements and rng.random() < 0.8:
         fields["replacement"] = draw_surrogate(rng, rng.choice(replacements))
         fields["ratio"] = rng.choice((fields["ratio"], 0.5, 0.9))
-    return Made("TokenRule", fields)
+    # What would be without a use is refused: a share beside a quantile, the policy of a score.
+    idle = ("ratio", "rounding") if "quantile" in fields else ()
+    idle = (*idle, "source") if fields["metric"] in SCORES else idle
+    return Made("TokenRule", {name: value for name, value in fields.items() if name not in idle})
 
 
 def draw_clip(rng: random.Random) -> dict[str, Any]:
@@ -176,6 +179,15 @@ def _terms(rng: random.Random, levels: tuple[str, ...] = ("sequence", "sequence"
     return terms
 
 
+def _idle(own: dict[str, Any]) -> set[str]:
+    """What a3po refuses beside its others, which would leave it without a use."""
+    rules = {"positive", "negative"} & {own.get("polarity", "positive"), own.get("polarity", "negative")}
+    rules = rules or {"positive", "negative"}
+    idle = {f"{name}_metric" for name in {"positive", "negative"} - rules}
+    idle |= {"rho", "alpha"} if "schedule" in own else set()
+    return idle | ({"metric"} if all(f"{name}_metric" in own for name in rules) else set())
+
+
 def _own(name: str, rng: random.Random) -> dict[str, Any]:
     """The keywords that a preset alone has."""
     if name == "w_reinforce":
@@ -191,7 +203,8 @@ def _own(name: str, rng: random.Random) -> dict[str, Any]:
             positive_metric=metrics, negative_metric=metrics, polarity=("both", "positive", "negative"),
             positive_weight=(0.0, 0.5, draw_schedule(rng)), negative_weight=(0.0, 2.0, draw_schedule(rng)),
         )  # fmt: skip
-        return {**own, "schedule": draw_schedule(rng)} if rng.random() < 0.3 else own
+        own = {**own, "schedule": draw_schedule(rng)} if rng.random() < 0.3 else own
+        return {key: value for key, value in own.items() if key not in _idle(own)}
     if name == "vespo":
         return _vespo(rng)
     if name == "topr":
@@ -215,7 +228,10 @@ def draw_preset(rng: random.Random) -> Made:
     clip = draw_clip(rng) if name in CLIPPED else {}
     levels = () if name in ("dppo", "gmpo") else ("sequence", "sequence", "sequence-token")
     fields = {**clip, **_own(name, rng), **_terms(rng, levels)}
-    return Made(name, _mended(rng, fields, name in ("gspo_token", "gmpo")))
+    fields = _mended(rng, fields, name in ("gspo_token", "gmpo"))
+    if name in ("vespo", "topr"):
+        fields.pop("ratio_level", None)
+    return Made(name, fields)
 
 
 def draw_composition(rng: random.Random) -> Made:
@@ -246,7 +262,11 @@ def draw_composition(rng: random.Random) -> Made:
         fields["low_probability"] = Made("MinPRegularizer", draw_regularizer(rng))
     if rng.random() < 0.4:
         fields["normalize_over"] = "selected"
-    return Made("Objective", _mended(rng, fields, name == "Gmpo" or of_rollout))
+    fields = _mended(rng, fields, name == "Gmpo" or of_rollout)
+    surrogates = {name, *(rule.fields["replacement"].name for rule in shaping if "replacement" in rule.fields)}
+    if surrogates <= {"Reinforce", "Nothing"} and not regularized:
+        fields.pop("ratio_level", None)  # which no ratio would read
+    return Made("Objective", fields)
 
 
 def draw_objective(rng: random.Random) -> Made:
