@@ -86,9 +86,9 @@ def run_blocks(page: Path, folder: Path, where: str) -> subprocess.CompletedProc
     )
     script = folder / "page.py"
     script.write_text(program)
-    environment = {
+    variables = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "error::UserWarning:a3po_kernels",
     }  # fmt: skip
     command = [sys.executable, str(script)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=240)

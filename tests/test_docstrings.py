@@ -19,7 +19,7 @@ AWAY = re.compile(
 )
 # These check nothing: records that the package fills, and what takes no value that could be wrong.
 CHECKS_NOTHING = {
-    "Nothing", "Reinforce", "PolicyLossOutput", "RolloutCorrection", "RowPlan", "TokenStats", "HeadOutput",
+    "Nothing", "Reinforce", "PolicyLossOutput", "RolloutCorrection", "RowPlan", "TokenStats", "HeadOutput", "LossOutputs",
     "training_step", "install_head",
 }  # fmt: skip
 
