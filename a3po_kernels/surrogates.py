@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Union
@@ -35,8 +36,8 @@ class Clip:
 class Cispo:
     """-sg(clamp(r)) A logp (CISPO, arXiv 2506.13585).
 
-    epsilon_high > 0 is the raw upper bound of r, as in TRL; epsilon_low in [0, 1], if given, adds the lower bound
-    1 - epsilon_low. Raises ValueError out of range.
+    epsilon_high > 0 is the raw upper bound of r, as in TRL: 1.28 where other objectives say .28, and a warning below 1.
+    epsilon_low in [0, 1], if given, adds the lower bound 1 - epsilon_low. Raises ValueError out of range.
     """
 
     epsilon_high: float = 1.28
@@ -46,6 +47,12 @@ class Cispo:
         check_number("epsilon_high", self.epsilon_high, 0.0, above=True)
         if self.epsilon_low is not None:
             check_number("epsilon_low", self.epsilon_low, 0.0, 1.0)
+        if self.epsilon_high < 1.0:
+            warnings.warn(
+                f"CISPO's epsilon_high = {self.epsilon_high:g} bounds the ratio itself: no gradient weighs more, and "
+                f"on-policy each is multiplied by it; {1 + self.epsilon_high:g} is what other objectives call "
+                f"{self.epsilon_high:g}", stacklevel=3,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

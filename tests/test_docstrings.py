@@ -19,8 +19,8 @@ AWAY = re.compile(
 )
 # These check nothing: records that the package fills, and what takes no value that could be wrong.
 CHECKS_NOTHING = {
-    "Nothing", "Reinforce", "PolicyLossOutput", "RolloutCorrection", "RowPlan", "TokenStats", "HeadOutput", "LossOutputs",
-    "training_step", "install_head",
+    "Nothing", "Reinforce", "PolicyLossOutput", "RolloutCorrection", "RowPlan", "TokenStats", "HeadOutput",
+    "LossOutputs", "training_step", "install_head",
 }  # fmt: skip
 
 

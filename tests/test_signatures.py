@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A value of each keyword that is no preset's default, and that goes with the defaults of the others.
 OTHER = {
     "kl_coef": 0.3, "kl_estimator": "k1", "kl_clamp": 2.0, "entropy_coef": 0.01, "log_ratio_coef": 0.2,
-    "ratio_weights": (ak.OffPolicyMask(0.5),), "epsilon_low": 0.35, "epsilon_high": 0.45, "dual_clip": 4.0,
+    "ratio_weights": (ak.OffPolicyMask(0.5),), "epsilon_low": 0.35, "epsilon_high": 1.45, "dual_clip": 4.0,
     "delta": 5.0, "positive_weight": 0.6, "negative_weight": 0.7, "ratio": 0.4, "rounding": "ceil",
     "normalize_over": "all", "quantile": 0.3, "min_p": 0.1, "beta": 0.5, "rho": 3.0, "alpha": 0.1,
     "schedule": ak.CosineDecay(), "metric": "entropy", "source": "current", "positive_metric": "entropy",
@@ -101,7 +101,7 @@ def test_help_describes_each_keyword_with_its_default(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ak.dapo(epsilon=0.1), r"'epsilon' of dapo \(did you mean 'epsilon_low'\?\); it takes epsilon_low, "),
+        (lambda: ak.dapo(epsilon_lo=0.1), r"'epsilon_lo' of dapo \(did you mean 'epsilon_low'\?\); it takes epsilon_low, "),
         (lambda: ak.grpo(kl_coeff=0.1), r"'kl_coeff' of grpo \(did you mean 'kl_coef'\?\)"),
         (lambda: ak.a3po(rhoo=2.0), r"'rhoo' of a3po \(did you mean 'rho'\?\); it takes rho, alpha, "),
         (lambda: ak.cispo(dual_clip=3.0), "'dual_clip' of cispo; it takes epsilon_high, epsilon_low, kl_coef, "),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import warnings
+
+import numpy as np
 import pytest
 import torch
 
 import a3po_kernels as ak
 from a3po_kernels.backends import choice
 from a3po_kernels.losses import stages
+from a3po_kernels.named_objectives import keywords
 from a3po_kernels.planning.step import HeadStep
 
 B, T, V, H = 2, 3, 7, 4
@@ -278,3 +284,38 @@ def test_a_card_that_the_kernels_do_not_run_on_is_said(capability, found, monkey
     assert [str(warning.message) for warning in recwarn] == (
         [] if found else ["cuda has compute capability 7.5: below 8.0 PyTorch runs, no kernel"]
     )
+
+
+# -- what other trainers call it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ak.a3po(token_ratio=0.2), "unexpected keyword 'token_ratio' of a3po (here it is ratio)"),
+        (lambda: ak.dapo(epsilon=0.2), "(here it is epsilon_low and epsilon_high)"),
+        (lambda: ak.dapo(clip_ratio_high=0.2), "(here it is epsilon_high)"),
+        (lambda: ak.grpo(beta=0.1), "(here it is kl_coef)"),
+        (lambda: ak.sapo(epsilon=0.1), "unexpected keyword 'epsilon' of sapo"),  # which has no bound
+        (lambda: ak.dapo(epsilon_low=np.float32(0.2)), "must be a number; got numpy.float32: give float(...)"),
+        (lambda: on_logits(objective=ak.Reinforce()), "Objective(surrogate=Reinforce(...))"),
+    ],
+)
+def test_the_name_that_it_has_here(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
+def test_every_name_that_is_given_is_a_keyword():
+    """Of some preset: a hint to what none takes would never be seen."""
+    known = {name for preset in ak.presets.values() for name in inspect.signature(preset).parameters}
+    assert {text.split()[0].rstrip(",") for text in keywords.ELSEWHERE.values()} <= known
+
+
+def test_a_bound_of_cispo_that_scales_every_gradient_is_said():
+    with pytest.warns(UserWarning, match=r"epsilon_high = 0\.28 bounds the ratio itself.*1\.28 is what") as caught:
+        ak.cispo(epsilon_high=0.28)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ak.cispo(epsilon_high=1.0)

@@ -80,7 +80,10 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
     """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        kind = type(value)
+        got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        hint = ": give float(...)" if hasattr(value, "__float__") else ""
+        raise TypeError(f"{name} must be a number; got {got}{hint}")
     if not (low < value <= high if above else low <= value <= high) or not -math.inf < value < math.inf:
         bracket = "(" if above else "["
         raise ValueError(f"{name} must be finite and lie in {bracket}{low}, {high}]; got {value}")

@@ -26,14 +26,15 @@ def preset_keywords(name: str) -> set[str]:
 def build_objective(name: str, options: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> Objective:
     """The preset `name` with the options that are not None; raises ValueError for one that it does not take.
 
-    spelled: what the caller's configuration calls an option, for the message.
+    spelled: what the caller's configuration calls an option, for the message; it has no other where it is given.
     """
     spelled = spelled or {}
     takes = preset_keywords(name)
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if key not in takes:
-            names = ", ".join(sorted(spelled.get(option, option) for option in takes))
+            known = sorted(spelled.get(option, option) for option in takes if option in spelled or not spelled)
+            names = ", ".join(known)
             raise ValueError(f"{spelled.get(key, key)} means nothing to the objective {name!r}, which takes {names}")
     try:
         return presets[name](**given)

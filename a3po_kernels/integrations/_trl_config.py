@@ -12,7 +12,7 @@ from trl import GRPOConfig
 
 from ..core.checks import check_word
 from ..losses.linear import ROUTES, STATISTICS
-from ..named_objectives import presets
+from ..named_objectives import as_objective, presets
 from ..objectives import Cispo, Clip, Objective, OffPolicyMask, TokenRule, Vespo
 from ..ops.head_arguments import check_chunk_bytes, check_compaction
 from ._presets import build_objective, preset_keywords
@@ -56,6 +56,13 @@ _OWN_FIELDS = {
     "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
 }
+
+
+# Keywords of a preset that fields of TRL's own set.
+TRLS_OWN = {
+    "kl_coef": "beta", "entropy_coef": "entropy_coef", "ratio_level": "importance_sampling_level",
+    "ratio_weights": "off_policy_mask_threshold",
+}  # fmt: skip
 
 
 def _pickle_error(value: Any) -> Exception | None:
@@ -204,6 +211,8 @@ class A3POConfig(GRPOConfig):
 
     def build_objective(self) -> Objective:
         """The objective that the fields describe."""
+        if not isinstance(self.objective, (str, Objective)):
+            as_objective(self.objective)  # raises
         options = {keyword: getattr(self, name) for name, keyword in KEYWORDS.items()}
         given = [name for name, keyword in KEYWORDS.items() if options[keyword] is not None]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -250,7 +259,7 @@ class A3POConfig(GRPOConfig):
         if self.objective in presets:
             # CISPO and SAPO have them too, at 0 unless given.
             options.update({k: v for k, v in {"kl_coef": self.beta, "entropy_coef": self.entropy_coef}.items() if v})
-        return build_objective(self.objective, options, {keyword: name for name, keyword in KEYWORDS.items()})
+        return build_objective(self.objective, options, {**{k: name for name, k in KEYWORDS.items()}, **TRLS_OWN})
 
     def to_dict(self) -> dict[str, Any]:
         """As TrainingArguments.to_dict, with the values in force for trackers and checkpoints.

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from ..objectives import Objective
+from ..objectives import SURROGATES, Objective
 from .chosen import CovarianceCandidates, a3po, clip_cov, covariance, fork_tokens, kl_cov
 from .clipped import dapo, dr_grpo, grpo, gspo, gspo_token, lp_reg, luspo, nsr, psr, w_reinforce
 from .keywords import CLIP_OVERRIDES, OVERRIDES
@@ -48,6 +48,8 @@ def as_objective(objective: Any) -> Objective:
         return find_preset(objective)()
     name = getattr(objective, "__name__", None)
     hint = f"; call it: {name}()" if callable(objective) and presets.get(str(name)) is objective else ""
+    if isinstance(objective, SURROGATES):
+        hint = f": Objective(surrogate={type(objective).__name__}(...))"
     raise TypeError(
         f"objective must be an Objective, such as a3po(), or a preset's name; got {type(objective).__name__}{hint}"
     )

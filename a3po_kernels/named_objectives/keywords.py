@@ -39,6 +39,13 @@ CLIP_OVERRIDES = {
     "dual_clip": "c > 1: where A < 0 the loss is at most -A c. None: off.",
     "delta": "the unclipped branch uses min(ratio, delta), above 0. None: off.",
 }
+# What TRL and verl call a keyword.
+ELSEWHERE = {
+    "epsilon": "epsilon_low and epsilon_high", "clip_ratio": "epsilon_low and epsilon_high",
+    "clip_ratio_low": "epsilon_low", "clip_ratio_high": "epsilon_high", "clip_ratio_c": "dual_clip",
+    "beta": "kl_coef", "kl_loss_coef": "kl_coef", "entropy_coeff": "entropy_coef",
+    "token_ratio": "ratio", "loss_agg_mode": "aggregation", "importance_sampling_level": "ratio_level",
+}  # fmt: skip
 _END = """
 Returns:
     The Objective, for the argument `objective` of every loss.
@@ -75,6 +82,8 @@ def preset(function: Callable[P, Objective]) -> Callable[P, Objective]:
             if name not in takes:
                 near = difflib.get_close_matches(name, takes, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
+                if name in ELSEWHERE and ELSEWHERE[name].split()[0].rstrip(",") in takes:
+                    hint = f" (here it is {ELSEWHERE[name]})"
                 raise TypeError(
                     f"unexpected keyword {name!r} of {function.__name__}{hint}; it takes {', '.join(takes)}"
                 )

@@ -64,6 +64,7 @@ def test_a_config_is_a_command_line_and_json():
     [
         ({"objective": "ppo"}, "objective must be an Objective or one of a3po, .*; got 'ppo'"),
         ({"objective": "dapo", "rho": 2.0}, "rho means nothing to the objective 'dapo', which takes .*epsilon_high"),
+        ({"objective": "dapo", "rho": 2.0}, "takes aggregation, beta, delta, .*, importance_sampling_level, kl_clamp"),
         ({"objective": "cispo", "dual_clip": 2.0}, "dual_clip means nothing"),
         ({"objective": "cispo", "epsilon": 0.2}, "its bound is epsilon_high"),
         ({"objective": "sapo", "epsilon": 0.2}, "epsilon means nothing"),
@@ -111,6 +112,12 @@ def test_a_number_that_is_none_is_named_as_it_was_written():
     for options in ({"rho": "2"}, {"epsilon": "0.2"}, {"covariance_low": "1", "objective": "clip_cov"}):
         with pytest.raises(TypeError, match=f"^{next(iter(options))} must be a number; got str"):
             built(**options)
+
+
+def test_an_objective_that_is_none():
+    for wrong, message in ((["a3po"], "got list"), (ak.a3po, r"got function; call it: a3po\(\)")):
+        with pytest.raises(TypeError, match=message):
+            built(objective=wrong)
 
 
 def logged(**options):
