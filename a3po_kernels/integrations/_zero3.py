@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3: a head's parameters are whole inside a gather alone, which backward has to enter once more."""
+"""DeepSpeed ZeRO-3 below TRL's fused head: its weight is whole inside a gather alone, which backward enters again."""
 
 from __future__ import annotations
 
@@ -8,35 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def is_partitioned(parameter: Any) -> bool:
-    """Whether it is a parameter that ZeRO-3 parts among its ranks, gathered at the moment or not."""
-    return hasattr(parameter, "ds_id") and hasattr(parameter, "ds_status")
+from trl.trainer import utils
 
 
 @contextmanager
 def gathered_again(*parameters: Tensor | None) -> Iterator[None]:
-    """Inside, autograd keeps of ZeRO-3's parameters no values: backward gathers them when it reads what was saved.
+    """Inside, autograd keeps no values of ZeRO-3's parameters: backward gathers them when it reads what was saved.
 
-    They must be gathered inside, as trl.trainer.utils.maybe_gather_lm_head_ctx does. For other parameters nothing is
-    done.
+    As TRL asks of what its fused head calls, which has gathered them for forward (maybe_gather_lm_head_ctx). With
+    other parameters nothing is done.
     """
-    parts = [parameter for parameter in parameters if is_partitioned(parameter)]
+    parts: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parts:
         yield
         return
 
-    def pack(tensor: Tensor) -> Any:
-        return next(((at,) for at, part in enumerate(parts) if tensor is part), tensor)
+    def pack(tensor: Tensor) -> Tensor | int:
+        return next((at for at, part in enumerate(parts) if tensor is part), tensor)
 
-    def unpack(kept: Any) -> Tensor:
+    def unpack(kept: Tensor | int) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-        part = parts[kept[0]]
-        with maybe_gather_lm_head_ctx(part):
+        part = parts[kept]
+        if part.shape == part.ds_shape:  # DeepSpeed has gathered it for its module's backward
+            return part.detach()
+        with utils.maybe_gather_lm_head_ctx(part):
             return part.detach().clone()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

@@ -54,8 +54,9 @@ class A3POTrainer(GRPOTrainer):
     weight_beta.
 
     Raises:
-        TypeError, ValueError: at construction, for arguments that are no A3POConfig, DeepSpeed ZeRO-3, FSDP1, an
-            adapter on the head (TRL's own check), and heads that cannot be read (see integrations.transformers).
+        TypeError, ValueError: at construction, for arguments that are no A3POConfig, FSDP1, an adapter on the head
+            (TRL's own check), and heads that cannot be read (see integrations.transformers); under FSDP2 and DeepSpeed
+            ZeRO-3, which shard the head, the last in the first step.
     """
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012 (TRL's attribute)
@@ -73,14 +74,12 @@ class A3POTrainer(GRPOTrainer):
             args = A3POConfig(f"{name.split('/')[-1]}-A3PO")
         if not isinstance(args, A3POConfig):
             raise TypeError(f"args must be an A3POConfig; got {type(args).__name__}")
-        if getattr(args.deepspeed_plugin, "zero_stage", 0) == 3:
-            raise ValueError("DeepSpeed ZeRO-3 is not supported by A3POTrainer: use FSDP2 or ZeRO-1/2")
         super().__init__(model, reward_funcs, args, *rest, **options)
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             raise ValueError("FSDP1 is not supported by A3POTrainer: set fsdp_version to 2")
         self.policy_objective = args.build_objective()
-        if not self.is_fsdp_enabled:  # which shards the head: there its first use checks it
-            check_head(self.model)
+        if not (self.is_fsdp_enabled or getattr(args.deepspeed_plugin, "zero_stage", 0) == 3):
+            check_head(self.model)  # which those shard: there its first use checks it
 
     # -- statistics of the old and the reference policy ---------------------------------------------------------------
 

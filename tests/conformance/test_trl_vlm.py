@@ -173,6 +173,17 @@ def test_images_are_cut_as_trl_cuts_them(layout, size, counts):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_the_whole_batch_waits_for_nothing():
+    """How many patches an image has is on the device: the whole batch, which every loss is of, does not ask."""
+    batch = {
+        "input_ids": torch.zeros(2, 3), "pixel_values": torch.zeros(7, 5), "num_images": [1, 1],
+        "image_grid_thw": torch.ones(2, 3, dtype=torch.long, device="meta"),
+    }  # fmt: skip
+    assert some_rollouts(batch, 0, 2)["pixel_values"] is batch["pixel_values"]
+    with pytest.raises(NotImplementedError, match="meta"):
+        some_rollouts(batch, 0, 1)
+
+
 def test_what_trl_would_not_know_is_refused(tmp_path):
     made = trainer(A3POTrainer, A3POConfig, "llava", tmp_path)
     ids = torch.ones(2, 4, dtype=torch.long)
