@@ -51,12 +51,11 @@ def check_product(own: Callable[[Tensor], Any], hidden: Tensor, head: Mapping[st
 
 
 @torch.no_grad()
-def check_transform(logits: Any, head: Mapping[str, Any], vocabulary: int, name: str) -> None:
+def check_transform(logits: Any, head: Mapping[str, Any], kept: int, vocabulary: int, name: str) -> None:
     """Raises ValueError unless `logits`, what the model made of probe(vocabulary), are as softcap and logit_scale say.
 
-    It waits once.
+    kept: how many of its columns the model leaves. It waits once.
     """
-    kept = head["weight"].shape[0]
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != [1, 2, kept]:
         raise ValueError(f"{name} makes {shape} of logits [1, 2, {vocabulary}], and not [1, 2, {kept}]: {REFUSED}")

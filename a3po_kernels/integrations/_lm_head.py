@@ -275,8 +275,9 @@ def swap_head(model: nn.Module, compute: Callable[..., Any]) -> Iterator[list[An
     policy_loss_from_model and token_logprobs_from_model do.
 
     Args:
-        model: a transformers causal LM, also inside PEFT, DistributedDataParallel, FSDP2 or torch.compile, or with a
-            tensor-parallel plan, with FSDP2 on top or not; all tensor-parallel ranks get the same batch.
+        model: a transformers causal LM or vision-language model, also inside PEFT, DistributedDataParallel, FSDP2,
+            DeepSpeed or torch.compile, or with a tensor-parallel plan, with FSDP2 on top or not; all tensor-parallel
+            ranks get the same batch.
         compute: takes the hidden states [B, T, H] that would enter the head and the keywords weight [V, H], bias, lora,
             softcap and logit_scale as linear_policy_loss spells them.
 
@@ -302,7 +303,7 @@ def run_head(
     """
     inner = unwrap(model)
     name = type(inner).__name__
-    used: list[tuple[dict[str, Any], tuple]] = []
+    used: list[tuple[dict[str, Any], int, tuple]] = []  # a sharded weight's shape is its own inside the head alone
 
     def checked(hidden: Tensor, head: dict[str, Any], switch: _Switch) -> Any:
         layer = _without_adapter(head_module(model))[0]
@@ -311,7 +312,7 @@ def run_head(
         if again or key not in switch.checked:
             check_product(switch.own, hidden, head, name)  # type: ignore[arg-type]
             switch.watch = True
-            used.append((head, key))
+            used.append((head, kept, key))
         return compute(hidden, **head)
 
     with _swapped(model, checked) as switch:
@@ -319,8 +320,8 @@ def run_head(
     if len(switch.results) != 1:
         raise ValueError(f"{name} called its head {len(switch.results)} times in one forward; once is supported")
     logits = _logits(output)
-    for head, key in used:
-        check_transform(logits, head, switch.vocabulary, name)
+    for head, kept, key in used:
+        check_transform(logits, head, kept, switch.vocabulary, name)
         switch.checked.add(key)
     tensors = _differentiable(switch.results[0])
     if not tensors:

@@ -110,16 +110,17 @@ def policy_loss_from_model(
 
     The head's weight, bias, LoRA adapter, softcap and logit scale are the model's own. The model may be tied, have PEFT
     adapters, checkpoint its gradients, have a tensor-parallel plan (of whose ranks all get the same batch), and be
-    wrapped in DistributedDataParallel, FSDP2 or torch.compile. That its logits are what was read is checked in the
-    first forward, here and in the functions below, which waits for a GPU.
+    wrapped in DistributedDataParallel, FSDP2, DeepSpeed (up to ZeRO-3) or torch.compile. That its logits are what was
+    read is checked in the first forward, here and in the functions below, which waits for a GPU.
 
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM, or a vision-language model, whose text head it is then.
         batch: input_ids [B, L]; attention_mask [B, L], if any; completion_mask [B, T], bool or 0/1: which of the last T
             columns of input_ids are tokens of the response; advantages [B] or [B, T]; and, where the objective wants
             them, old_logprobs, ref_logprobs, old_entropy, min_p_logprobs [B, T], polarity and importance_weights
-            [B] or [B, T]. Other arguments of the model's forward go to it as they are (position_ids, pixel_values,
-            output_router_logits, ...); an entry that neither reads is a ValueError, and so are labels.
+            [B] or [B, T]. Other arguments of the model's forward go to it as they are (position_ids,
+            output_router_logits, pixel_values and image_grid_thw of this batch's images, token_type_ids [B, L], ...);
+            an entry that neither reads is a ValueError, and so are labels.
         objective: from a preset (a3po(), dapo(), ...) or composed; or a preset's name.
         plan: plan_rows_from_batch's of this batch, with which the head waits for nothing on a GPU; without one it waits
             once, for how many rows may have a gradient.
@@ -224,9 +225,14 @@ def check_head(model: nn.Module) -> None:
 
     A model may transform its logits by a rule that its config spells in a way this package does not know. The functions
     above check a head when they first meet it; this does so at once, by a forward of a few tokens without dropout. Call
-    it before the model is wrapped.
+    it before the model is wrapped; a head that is partitioned by then is a ValueError too.
     """
     weight = head_keywords(model)["weight"]
+    if weight.ndim != 2:
+        raise ValueError(
+            f"the head's weight has shape {list(weight.shape)} outside of its own forward: it is partitioned "
+            "(DeepSpeed ZeRO-3, for one), and the first forward of the functions here checks it"
+        )
     ids = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -15,6 +15,7 @@ from ..losses.rows import RowPlan, plan_rows
 from ..losses.stages import PolicyLossOutput
 from ..objectives import Cispo, Clip, Objective, PolarityWeights
 from ._trl_config import A3POConfig, ratio_bounds
+from ._trl_images import KEYS, images_of, some_rollouts
 from .transformers import check_head, min_p_logprobs_from_model, policy_loss_from_model, token_logprobs_from_model
 
 __all__ = ["A3POConfig", "A3POTrainer"]
@@ -43,6 +44,8 @@ class A3POTrainer(GRPOTrainer):
     objective keeps, for psr, nsr and fork_tokens), the others by rollouts, accumulation included. The step that drives
     schedules is the trainer's global_step, which checkpoints save and restore.
 
+    Vision-language models train as TRL trains them: their text head computes the loss, and the images go to the model.
+
     Each slice of a generation batch that a loss gets has a "row_plan" (see plan_rows), made when TRL cuts it, so that
     the loss waits for nothing on a GPU. Who changes a slice's mask or advantages after _prepare_inputs takes it out.
 
@@ -57,8 +60,9 @@ class A3POTrainer(GRPOTrainer):
         rest, options: GRPOTrainer's other arguments: train_dataset, processing_class, peft_config, ...
 
     Raises:
-        TypeError, ValueError: at construction, for arguments that are no A3POConfig, vision-language models, DeepSpeed
-            ZeRO-3, FSDP1, an adapter on the head (TRL's own check), and heads that cannot be read.
+        TypeError, ValueError: at construction, for arguments that are no A3POConfig, FSDP1, an adapter on the head
+            (TRL's own check), and heads that cannot be read; under FSDP2 and DeepSpeed
+            ZeRO-3, which shard the head, the last in the first step.
     """
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012 (TRL's attribute)
@@ -76,16 +80,12 @@ class A3POTrainer(GRPOTrainer):
             args = A3POConfig(f"{name.split('/')[-1]}-A3PO")
         if not isinstance(args, A3POConfig):
             raise TypeError(f"args must be an A3POConfig; got {type(args).__name__}")
-        if getattr(args.deepspeed_plugin, "zero_stage", 0) == 3:
-            raise ValueError("DeepSpeed ZeRO-3 is not supported by A3POTrainer: use FSDP2 or ZeRO-1/2")
         super().__init__(model, reward_funcs, args, *rest, **options)
-        if self._is_vlm:
-            raise ValueError("vision-language models are not supported by A3POTrainer")
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             raise ValueError("FSDP1 is not supported by A3POTrainer: set fsdp_version to 2")
         self.policy_objective = args.build_objective()
-        if not self.is_fsdp_enabled:  # which shards the head: there its first use checks it
-            check_head(self.model)
+        if not (self.is_fsdp_enabled or getattr(args.deepspeed_plugin, "zero_stage", 0) == 3):
+            check_head(self.model)  # which those shard: there its first use checks it
 
     # -- statistics of the old and the reference policy ---------------------------------------------------------------
 
@@ -104,18 +104,23 @@ class A3POTrainer(GRPOTrainer):
         rollouts = len(batch["input_ids"])
         results = []
         for start in range(0, rollouts, size or rollouts):
-            part = {name: values[start : start + (size or rollouts)] for name, values in batch.items()}
+            part = some_rollouts(batch, start, min(start + (size or rollouts), rollouts))
             with self.accelerator.autocast():
                 results.append(function(model, part, **options))
         return results
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **unused
-    ):
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
+        compute_aux_loss=False, **images,
+    ):  # fmt: skip
+        unknown = [name for name in images if name not in KEYS]
+        if compute_aux_loss or unknown:  # TRL asks for neither where A3POTrainer calls
+            raise TypeError(f"A3POTrainer scores no {'compute_aux_loss' if compute_aux_loss else unknown[0]}")
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "completion_mask": attention_mask[:, -logits_to_keep:],
+            **images_of(images),
         }
         stats = self._in_batches(token_logprobs_from_model, model, batch, batch_size, self._head_options())
         entropies = torch.cat([s.entropy for s in stats]) if compute_entropy else None
@@ -178,11 +183,12 @@ class A3POTrainer(GRPOTrainer):
         mask = inputs["completion_mask"]
         return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
-    def _model_batch(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _model_batch(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             "completion_mask": self._token_mask(inputs),
+            **images_of(inputs),
         }
 
     def _denominator(self, inputs: Mapping[str, Any], training: bool) -> Tensor | float:
@@ -199,7 +205,7 @@ class A3POTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         training = self.model.training
-        batch: dict[str, Any] = self._model_batch(inputs)
+        batch = some_rollouts(self._model_batch(inputs), 0, len(inputs["completion_ids"]))
         batch["advantages"] = inputs["advantages"]
         for name, key in (
             ("old_logprobs", "old_per_token_logps"), ("ref_logprobs", "ref_per_token_logps"),
