@@ -10,6 +10,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from ..core.operators import reads_values
+from ..objectives import Objective
 from ._lm_head import unwrap
 
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "polarity", "old_entropy", "min_p_logprobs", "importance_weights")
@@ -50,6 +51,27 @@ _REASONS = {
         ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"), _PACKED
     ),
 }  # fmt: skip
+
+
+# Keywords of the losses that the batch and the model's head give, and where they come from.
+_NOT_OPTIONS = {
+    "mask": "batch['completion_mask']", "targets": "the last columns of batch['input_ids']",
+    **{name: f"batch[{name!r}]" for name in ("advantages", *PER_TOKEN)},
+    **dict.fromkeys(("hidden", "weight", "bias", "lora", "softcap", "logit_scale"), "read from the model"),
+}  # fmt: skip
+
+
+def check_call(model: object, batch: object, options: Mapping[str, Any]) -> None:
+    """Raises TypeError for a model or a batch of another kind, and for a keyword that comes from one of the two."""
+    if not isinstance(model, nn.Module):
+        hint = ": model and batch are the wrong way round" if isinstance(batch, nn.Module) else ""
+        raise TypeError(f"model must be a causal LM of transformers; got {type(model).__name__}{hint}")
+    if not isinstance(batch, Mapping):
+        hint = ": it comes before the objective" if isinstance(batch, Objective | str) else ""
+        raise TypeError(f"batch must be a mapping of names to tensors; got {type(batch).__name__}{hint}")
+    for name in options:
+        if name in _NOT_OPTIONS:
+            raise TypeError(f"{name} is no keyword here: it is {_NOT_OPTIONS[name]}")
 
 
 def model_arguments(model: nn.Module) -> tuple[set[str], str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_mask_values
+from ..core.checks import INDEX_DTYPES, check_mask_values
 from ..losses.linear import linear_policy_loss
 from ..losses.rows import RowPlan, plan_rows
 from ..losses.stages import PolicyLossOutput
@@ -16,7 +16,7 @@ from ..objectives import Objective
 from ..ops.linear_min_p import linear_min_p_token_logprobs
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ..ops.token_logprobs import TokenStats
-from ._batch_keys import OWN, PER_TOKEN, check_keys, check_not_packed, check_tensors, model_arguments
+from ._batch_keys import OWN, PER_TOKEN, check_call, check_keys, check_not_packed, check_tensors, model_arguments
 from ._lm_head import head_keywords, run_head, swap_head, unwrap
 
 __all__ = [
@@ -30,13 +30,21 @@ __all__ = [
 ]
 
 
-def _completions(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """targets [B, T] and mask [B, T] bool of the last T columns, checked."""
+def _completions(model: nn.Module, batch: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """targets [B, T] and mask [B, T] bool of the last T columns, checked, as the call's keywords are."""
+    check_call(model, batch, options)
     check_keys(batch, model)
     check_tensors(batch, "input_ids", "completion_mask")
-    ids, mask = batch["input_ids"], batch["completion_mask"]
+    ids, mask, seen = batch["input_ids"], batch["completion_mask"], batch.get("attention_mask")
     if ids.ndim != 2:
         raise ValueError(f"batch['input_ids'] must have shape [B, L]; got {list(ids.shape)}")
+    if ids.dtype not in INDEX_DTYPES:
+        raise TypeError(f"batch['input_ids'] must be int32 or int64; got {ids.dtype}")
+    if isinstance(seen, Tensor) and seen.ndim == 2 and seen.shape != ids.shape:
+        raise ValueError(
+            f"batch['attention_mask'] must have shape {list(ids.shape)}, as input_ids: of prompts and responses; got "
+            f"{list(seen.shape)}"
+        )
     check_not_packed(batch)
     check_mask_values("batch['completion_mask']", mask, False)
     length = mask.shape[-1] if mask.ndim == 2 else -1
@@ -148,7 +156,7 @@ def policy_loss_from_model(
             cannot be read (see swap_head), for a model that does something else to its logits, and as
             linear_policy_loss does.
     """
-    targets, mask = _completions(model, batch)
+    targets, mask = _completions(model, batch, options)
     check_tensors(batch, "advantages")
     given = {name: batch[name] for name in PER_TOKEN if batch.get(name) is not None}
     check_tensors(given, *given)
@@ -186,7 +194,7 @@ def token_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], **opti
         TypeError, ValueError: an entry of the batch that is missing, no tensor or read by nobody, or a head that cannot
             be read.
     """
-    targets, mask = _completions(model, batch)
+    targets, mask = _completions(model, batch, options)
     masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
 
     def compute(hidden: Tensor, **head) -> TokenStats:
@@ -210,7 +218,7 @@ def min_p_logprobs_from_model(model: nn.Module, batch: Mapping[str, Any], min_p:
         TypeError, ValueError: an entry of the batch that is missing, no tensor or read by nobody, a head that cannot be
             read, or min_p out of range.
     """
-    targets, mask = _completions(model, batch)
+    targets, mask = _completions(model, batch, options)
     masked = targets.masked_fill(~mask, options.get("ignore_index", -100))
 
     def compute(hidden: Tensor, **head) -> Tensor:

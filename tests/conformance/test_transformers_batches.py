@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -123,3 +125,31 @@ def test_packed_rollouts(objective):
     torch.testing.assert_close(results[0].loss, padded.loss, atol=1e-6, rtol=1e-5)
     for name, gradient in tiny.gradients(MODEL).items():
         assert (gradient - expected[name]).abs().max() <= 2e-5 * expected[name].abs().max() + 1e-8, name
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: policy_loss_from_model(BATCH, MODEL, "a3po"), "got dict: model and batch are the wrong way round"),
+        (lambda: policy_loss_from_model("gpt2", BATCH, "a3po"), "model must be a causal LM of transformers; got str"),
+        (lambda: policy_loss_from_model(MODEL, ak.a3po(), BATCH), "got Objective: it comes before the objective"),
+        (lambda: token_logprobs_from_model(MODEL, [1]), "batch must be a mapping of names to tensors; got list"),
+        (lambda: policy_loss_from_model(MODEL, BATCH, "a3po", mask=OLD), "mask is no keyword here: it is batch['compl"),
+        (lambda: policy_loss_from_model(MODEL, BATCH, "a3po", old_logprobs=OLD), "it is batch['old_logprobs']"),
+        (lambda: token_logprobs_from_model(MODEL, BATCH, softcap=3.0), "softcap is no keyword here: it is read from"),
+        (lambda: min_p_logprobs_from_model(MODEL, BATCH, 0.1, targets=OLD), "it is the last columns of batch['input"),
+        (
+            lambda: policy_loss_from_model(MODEL, {**BATCH, "input_ids": BATCH["input_ids"].float()}, "a3po"),
+            "batch['input_ids'] must be int32 or int64; got torch.float32",
+        ),
+    ],
+)
+def test_calls_the_wrong_way_round(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
+def test_an_attention_mask_of_the_responses_alone():
+    batch = {**BATCH, "attention_mask": BATCH["completion_mask"]}
+    with pytest.raises(ValueError, match=r"attention_mask'\] must have shape .* of prompts and responses; got"):
+        policy_loss_from_model(MODEL, batch, "a3po")
