@@ -283,7 +283,6 @@ def test_the_schedule_counts_the_optimizers_steps(monkeypatch):
         ({"objective": "appo"}, "did you mean"),
         ({"objective": "dapo", "kl_coef": 0.1}, "needs ref_logprobs"),
     ],
-    ids=str,
 )
 def test_what_one_rollout_does_not_show_is_refused(options, message):
     one = rollouts(False)[0]
