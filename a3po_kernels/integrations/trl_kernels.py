@@ -72,7 +72,7 @@ def selective_log_softmax_and_entropy(
 
 
 class ChunkedLogProbFunction:
-    """What TRL's fused head calls: apply, as if of an autograd function."""
+    """What TRL's fused head calls: apply, as if of an autograd function, which raises what it says itself."""
 
     @staticmethod
     def apply(
@@ -180,6 +180,7 @@ class Installed:
     """What install() did: undo(), or the end of a with block, gives TRL its own functions back.
 
     calls: how often each of ours was called, by name, and how often TRL kept a call for itself ("left to TRL").
+    max_chunk_bytes, compaction: what install() got, which raises for a value that the head does not take.
     """
 
     def __init__(self, max_chunk_bytes: int | None, compaction: str | int | None):
