@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from a3po_kernels import group_advantages
+from a3po_kernels import Objective, group_advantages
 from a3po_kernels.integrations.transformers import policy_loss_from_model
 from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 from examples import cores, figures, options, runs, small_model
@@ -42,8 +42,8 @@ PROMPTS, SAMPLES = 16, 8  # of a batch of rollouts
 class MetricsLine(TrainerCallback):
     """A progress bar, and a line of metrics now and then."""
 
-    def __init__(self, every: int):
-        self.every = every
+    def __init__(self, objective: Objective, every: int):
+        self.objective, self.every = objective, every
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, desc=f"{args.objective}, RLVR")
@@ -53,7 +53,7 @@ class MetricsLine(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs and state.global_step % self.every == 0:
-            known = runs.renamed({"step": state.global_step, **logs}, NAMES)
+            known = runs.renamed({"step": state.global_step, **logs}, NAMES, self.objective)
             numbers = "  ".join(f"{name} {float(known[name]):.3f}" for name in LINE if name in known)
             self.bar.write(f"step {state.global_step:4d}  {numbers}")
 
@@ -136,23 +136,23 @@ def train(args: argparse.Namespace, objective: str, folder: Path) -> runs.Traine
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     before = evaluate(model, tokens, task=task)
     settings = config(args, objective, folder)
-    shown = heat_map_rollouts(model, tokens, settings.build_objective(), task)
+    composed = settings.build_objective()
+    shown = heat_map_rollouts(model, tokens, composed, task)
     if shown:  # a model that is always right, or never, has none with an advantage
         figures.draw_tokens(shown, f"{objective}: tokens before training", folder / "tokens.png")
 
     set_seed(args.seed)
-    trainer = A3POTrainer(
-        model, verifier(task), settings, train_dataset=training_data(task), processing_class=tokens
-    )  # fmt: skip
+    data = training_data(task)
+    trainer = A3POTrainer(model, verifier(task), settings, train_dataset=data, processing_class=tokens)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(MetricsLine(every=10))
+    trainer.add_callback(MetricsLine(composed, every=10))
     trainer.train()
 
     after = evaluate(trainer.model, tokens, task=task)
     # A step on rollouts of the step before has a loss and no reward.
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    history = [runs.renamed(row, NAMES) for row in rows]
+    history = [runs.renamed(row, NAMES, composed) for row in rows]
     return runs.Trained(rows, history, before, after, str(trainer.model.device))
 
 

@@ -92,7 +92,7 @@ def smooth(values: list[float], window: int = SMOOTHED) -> list[float]:
 
 
 def label_of(name: str, text: str, run: Run) -> str:
-    """A curve's label; that of the entropy of all rollouts says that those of advantage 0 are among them, and how many."""
+    """A curve's label; that of the entropy of all rollouts says that those of advantage 0 are among them: how many."""
     shares = [share for share in run.values("no_advantage") if not math.isnan(share)]
     if name != "entropy" or not shares:
         return text
@@ -148,13 +148,13 @@ def draw_curves(runs: list[Run], title: str, path: Path) -> list[Panel]:
 
 
 def _save(figure, path: Path) -> None:
-    """A PNG of 64 colours, a third of the size."""
+    """A PNG of 256 colours, less than half the size."""
     from PIL import Image
 
     figure.savefig(path, dpi=90)
     plt.close(figure)
     with Image.open(path) as image:
-        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def text_colour(colour: tuple[float, ...]) -> str:

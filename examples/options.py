@@ -32,13 +32,13 @@ def task_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"task must be one of {', '.join(TASKS)}; got {text!r}{hint}")
 
 
-def above_zero(kind: Callable[[str], Number]) -> Callable[[str], Number]:
-    """A reader of numbers of a kind, int or float, above 0."""
+def above(bound: int, kind: Callable[[str], Number]) -> Callable[[str], Number]:
+    """A reader of finite numbers of a kind, int or float, above a bound."""
 
     def read(text: str) -> Number:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+        if not bound < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above {bound}; got {text}")
         return value
 
     read.__name__ = kind.__name__  # argparse names it where the text is no number
@@ -57,14 +57,14 @@ def shared_parser(description: str | None, folder: str) -> argparse.ArgumentPars
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--objective", type=objective_name, default="a3po", help="a preset of a3po_kernels")
-    which.add_argument("--compare", type=objective_name, nargs="+", metavar="OBJECTIVE",
-                       help="trains those that are not there yet from the same seed, and draws their curves in one figure")  # fmt: skip
+    compared = "trains those that are not there yet from the same seed, and draws their curves in one figure"
+    which.add_argument("--compare", type=objective_name, nargs="+", metavar="OBJECTIVE", help=compared)
     parser.add_argument("--task", type=task_name, default="chain_sum", help=" or ".join(TASKS))
-    whole, real = above_zero(int), above_zero(float)
-    parser.add_argument("--steps", type=whole, default=80, help="batches of rollouts")
-    parser.add_argument("--rate", type=real, default=3e-4, help="learning rate")
+    whole, real = above(0, int), above(0, float)
+    parser.add_argument("--steps", type=whole, default=100, help="batches of rollouts")
+    parser.add_argument("--rate", type=real, default=2e-4, help="learning rate")
     parser.add_argument("--iterations", type=whole, default=1, help="updates on each batch of rollouts")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=above(-1, int), default=0)
     parser.add_argument("--threads", type=whole, help="default: by the cores that are idle, at most 4")
     parser.add_argument("--warm-up-steps", type=whole, help="of the model, if it is not there yet")
     parser.add_argument("--folder", type=Path, default=Path(folder), help="of the runs")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from a3po_kernels import Objective, TokenRule
 from examples import figures
 
 # What a run is made of: one that is there is taken again if these are the same.
@@ -36,9 +37,12 @@ def settings(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
 
 
-def renamed(row: dict, names: dict[str, str]) -> dict:
-    """The values that figures draws, by its names; those that the row has."""
-    return {"step": row["step"], **{ours: row[theirs] for ours, theirs in names.items() if row.get(theirs) is not None}}
+def renamed(row: dict, names: dict[str, str], objective: Objective) -> dict:
+    """The values that figures draws, by its names: those that the row has, and β where a rule selects tokens."""
+    found = {ours: row[theirs] for ours, theirs in names.items() if row.get(theirs) is not None}
+    if not any(isinstance(rule, TokenRule) for rule in objective.shaping):
+        found.pop("beta", None)
+    return {"step": row["step"], **found}
 
 
 def kept(folder: Path, args: argparse.Namespace) -> figures.Run | None:

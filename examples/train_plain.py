@@ -28,8 +28,9 @@ from examples.tasks import TASKS
 
 # Those that figures draws, in the names of `train` and of the loss.
 NAMES = {
-    "reward": "reward", "entropy": "entropy", "length": "length", "clipped_low": "clip_fraction_low",
-    "clipped_high": "clip_fraction_high", "active": "active_fraction", "no_advantage": "no_advantage",
+    "reward": "reward", "entropy": "entropy", "length": "length", "beta": "weight", "clipped": "clip_fraction",
+    "clipped_low": "clip_fraction_low", "clipped_high": "clip_fraction_high", "active": "active_fraction",
+    "no_advantage": "no_advantage",
 }  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def train(
         yield {
             "step": step + 1,
             "reward": rollouts.rewards.mean().item(),
+            "clip_fraction": (out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"]).item(),
             "no_advantage": (batch["advantages"] == 0).float().mean().item(),
             "length": rollouts.completion_mask.sum().item() / len(rollouts.rewards),
             "gradient_norm": norm.item(),
@@ -100,8 +102,7 @@ def run(args: argparse.Namespace, objective: str, folder: Path) -> runs.Trained:
     for metrics in bar:
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "entropy", "length")}, refresh=False)
         rows.append(metrics)
-        drawn = {**runs.renamed(metrics, NAMES), "clipped": metrics["clip_fraction_low"] + metrics["clip_fraction_high"]}
-        history.append({**drawn, "beta": metrics["weight"]} if composed.shaping else drawn)
+        history.append(runs.renamed(metrics, NAMES, composed))
     return runs.Trained(rows, history, before, evaluate(model, tokens, task=task), str(model.device))
 
 
