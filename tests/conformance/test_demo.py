@@ -14,20 +14,15 @@ import pytest
 pytest.importorskip("trl")
 pytest.importorskip("reasoning_gym")
 from a3po_kernels import a3po, dapo, presets, psr
-from examples import figures, options, runs, small_model
-from examples.demo import chosen
+from examples import demo, figures, options, runs, small_model, train_plain
 from examples.rollouts import DEMO, STUDY, warm_up
 
 pytestmark = pytest.mark.trl
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
-
-
 def ran(*command: str) -> str:
-    result = run(*command)
+    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -128,15 +123,24 @@ def test_a_wrong_option_is_refused_with_what_it_takes(arguments, capsys):
         assert all(name in said for name in presets) and f"got {arguments[-1]!r}" in said
 
 
-def test_both_programs_have_the_same_options():
+def refused(program, monkeypatch, capsys, *arguments: str) -> str:
+    """What a program prints, called with these arguments, before it ends without having begun."""
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit):
+        program.main()
+    return "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("program", [demo, train_plain], ids=["demo", "train_plain"])
+def test_both_programs_have_the_same_options(program, monkeypatch, capsys):
     shared = set(re.findall(r"^  (--[a-z-]+)", options.shared_parser("", "").format_help(), re.MULTILINE))
     assert {"--objective", "--compare", "--seed", "--task", "--steps", "--rate", "--iterations", "--folder"} <= shared
-    for program in ("demo", "train_plain"):
-        assert shared <= set(ran(f"examples.{program}", "--help").split())
-        refused = run(f"examples.{program}", "--objective", "foo")
-        assert refused.returncode == 2 and "one of a3po, cispo" in refused.stderr
-    refused = run("examples.train_plain", "--reward-noise", "2")
-    assert refused.returncode == 2 and "must lie in [0, 1]; got 2" in refused.stderr
+    assert shared <= set(refused(program, monkeypatch, capsys, "--help").split())
+    assert "one of a3po, cispo" in refused(program, monkeypatch, capsys, "--objective", "foo")
+
+
+def test_a_share_of_wrong_rewards_is_a_share(monkeypatch, capsys):
+    assert "must lie in [0, 1]; got 2" in refused(train_plain, monkeypatch, capsys, "--reward-noise", "2")
 
 
 def make(name: str, **values: list) -> figures.Run:
@@ -214,8 +218,8 @@ def test_no_rollout_is_shown_twice():
     problems = ["p", "q", "q", "r", "q", "s", "t"]
     responses = ["a", "b", "c", "b", "d", "e", "f"]
     # Not 0, of advantage 0; not 2 and 4, whose problem is shown; not 3, whose response is.
-    assert chosen(rewards, advantages, problems, responses) == [1, 6, 5]
-    assert chosen(rewards, advantages, problems, responses, each=1) == [1, 5]
+    assert demo.chosen(rewards, advantages, problems, responses) == [1, 6, 5]
+    assert demo.chosen(rewards, advantages, problems, responses, each=1) == [1, 5]
 
 
 def test_the_model_of_the_studies_is_the_one_their_rows_are_of(tmp_path):
