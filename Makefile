@@ -127,13 +127,15 @@ bench: .venv-trl/.stamp  ## time, memory and machine code beside the peers, on t
 		echo "== $$script"; $(BENCH) bench.$$script --save || exit 1; done
 	@for script in report scaling_page; do echo "== $$script"; $(BENCH) bench.$$script || exit 1; done
 
+# Of other packages' sources, as they are imported.
+QUIET := -W ignore::FutureWarning -W ignore::SyntaxWarning
 # COMPARE="dapo a3po" in place of one OBJECTIVE; SEED, STEPS, and any other option in DEMO_ARGS.
 RUN_ARGS = $(if $(COMPARE),--compare $(COMPARE),--objective $(OBJECTIVE)) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) $(DEMO_ARGS)
 demo: .venv-trl/.stamp  ## train a small model by RLVR with A3POTrainer, in .venv-trl; OBJECTIVE=dapo, COMPARE="dapo a3po", SEED, STEPS
-	PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m examples.demo $(RUN_ARGS)
+	PYTHONPATH=. .venv-trl/bin/python $(QUIET) -m examples.demo $(RUN_ARGS)
 
 train-plain: .venv-trl/.stamp  ## the same in a plain loop, with the same options
-	PYTHONPATH=. .venv-trl/bin/python -m examples.train_plain $(RUN_ARGS)
+	PYTHONPATH=. .venv-trl/bin/python $(QUIET) -m examples.train_plain $(RUN_ARGS)
 
 dynamics: .venv-trl/.stamp  ## train the studies of bench/dynamics_studies.py, several seeds each: hours, resumable; then the page
 	PYTHONPATH=. .venv-trl/bin/python -m bench.dynamics run
