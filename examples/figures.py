@@ -18,15 +18,19 @@ ABSENT = math.nan
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves by the name of their values; beside other runs, that of `beside` alone."""
+    """Curves by the name of their values; of several runs that of `beside` alone, under its own title."""
 
     title: str
     curves: dict[str, str]
     beside: str = ""
+    title_beside: str = ""
     exact: bool = False  # a schedule: no noise to smooth
 
     def names(self, runs: int) -> list[str]:
         return list(self.curves) if runs == 1 else [self.beside or next(iter(self.curves))]
+
+    def heading(self, runs: int) -> str:
+        return self.title if runs == 1 else self.title_beside or self.title
 
 
 PANELS = (
@@ -34,6 +38,7 @@ PANELS = (
     Panel(
         "entropy, nats",
         {"entropy": "all", "entropy_positive": "advantage > 0", "entropy_negative": "advantage < 0"},
+        title_beside="entropy, nats: all rollouts, those of advantage 0 too",
     ),
     Panel("response length, tokens", {"length": "length"}),
     Panel("weight of the selected tokens, β(step)", {"beta": "β"}, exact=True),
@@ -43,6 +48,7 @@ PANELS = (
     Panel(
         "share with a gradient, and without advantage",
         {"active": "tokens with a gradient", "no_advantage": "rollouts of advantage 0"},
+        title_beside="tokens with a gradient, share",
     ),
 )
 
@@ -133,10 +139,7 @@ def draw_curves(runs: list[Run], title: str, path: Path) -> list[Panel]:
                 style = {"fmt": "o", "color": "k" if alone else f"C{index % 10}", "capsize": 3}
                 label = "held out ± 2 s.e." if alone else None
                 axis.errorbar(ends, accuracies, yerr=errors, label=label, **style)
-        among = ""
-        if not alone and panel.names(len(runs)) == ["entropy"]:
-            among = ": all rollouts, those of advantage 0 too"
-        axis.set_title(panel.title + among, fontsize=10)
+        axis.set_title(panel.heading(len(runs)), fontsize=10)
         axis.set_xlabel("training step", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)

@@ -201,6 +201,15 @@ def test_the_entropy_of_all_names_the_rollouts_of_advantage_0():
     )  # fmt: skip
 
 
+def test_beside_others_a_panel_is_of_one_curve_and_named_after_it():
+    for panel in figures.PANELS:
+        assert panel.names(1) == list(panel.curves) and panel.heading(1) == panel.title
+        assert len(panel.names(2)) == 1
+    found = {panel.names(2)[0]: panel.heading(2) for panel in figures.PANELS}
+    assert found["entropy"].endswith("all rollouts, those of advantage 0 too")
+    assert found["active"] == "tokens with a gradient, share" and found["clipped"] == "clipped tokens, share"
+
+
 def test_text_stands_out_on_every_cell():
     """Black or white, at a contrast of 4.5 to 1 (WCAG AA) on every colour of the maps."""
     for name in ("OrRd_r", "Purples"):
