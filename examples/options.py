@@ -61,7 +61,7 @@ def shared_parser(description: str | None, folder: str) -> argparse.ArgumentPars
     which.add_argument("--compare", type=objective_name, nargs="+", metavar="OBJECTIVE", help=compared)
     parser.add_argument("--task", type=task_name, default="chain_sum", help=" or ".join(TASKS))
     whole, real = above(0, int), above(0, float)
-    parser.add_argument("--steps", type=whole, default=100, help="batches of rollouts")
+    parser.add_argument("--steps", type=whole, default=120, help="batches of rollouts")
     parser.add_argument("--rate", type=real, default=2e-4, help="learning rate")
     parser.add_argument("--iterations", type=whole, default=1, help="updates on each batch of rollouts")
     parser.add_argument("--seed", type=above(-1, int), default=0)

@@ -28,7 +28,7 @@ class Size:
 
 
 LARGE = Size(128, 384, 4)  # 0.86 million parameters
-SMALL = Size(64, 256, 3)  # 0.20 million
+SMALL = Size(64, 192, 2)  # 0.11 million
 
 
 def model(tokens: PreTrainedTokenizerFast, size: Size = LARGE) -> LlamaForCausalLM:
