@@ -4,6 +4,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
 OBJECTIVE ?= a3po
+COMPARE ?=
+STEPS ?=
 DEMO_ARGS ?=
 CASES ?= 10000
 SEED ?= 0
@@ -35,15 +37,23 @@ INTERPRETER = TRITON_INTERPRET=1 $(call PYTEST,$(VENV),interpreter) -m "interpre
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-# $(1) directory, $(2) constraints, $(3) requirements, $(4) requirements installed last and without their dependencies.
+# $(1) directory, $(2) constraints, $(3) requirements, $(4) requirements installed last and without their dependencies,
+# $(5) and $(6) what a fresh one takes, to download (with PyTorch's build for CPUs; that for CUDA is 3 GB more) and on disk.
 # Triton goes in first and is not held after that: a CUDA build of torch brings the one Triton it accepts.
+# Byte code is left to the first import: most of these files are never imported.
+PIP_INSTALL = $(1)/bin/python -m pip install --no-compile
 define environment
 $(1)/.stamp: setup.py $(2)
+	@echo "== $(1): $(5) to download and $(6) on disk with PyTorch for CPUs, one to ten minutes"
+	@echo "== $(1), 1 of 4: an empty environment"
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet -c $(2) setuptools wheel triton
+	@echo "== $(1), 2 of 4: Triton and build tools"
+	$(call PIP_INSTALL,$(1)) -c $(2) setuptools wheel triton
+	@echo "== $(1), 3 of 4: PyTorch and what else $(2) pins"
 	grep -v '^triton==' $(2) > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt --no-build-isolation $(TORCH) $(3)
-	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation $(4) -e .
+	$(call PIP_INSTALL,$(1)) -c $(1)/constraints.txt --no-build-isolation $(TORCH) $(3)
+	@echo "== $(1), 4 of 4: a3po_kernels itself, from here"
+	$(call PIP_INSTALL,$(1)) --no-deps --no-build-isolation $(4) -e .
 	touch $$@
 endef
 
@@ -54,17 +64,18 @@ TEST_TOOLS := pytest pytest-xdist hypothesis expecttest numpy tqdm
 # Not verl's own requirements: those bring a training stack that its loss functions never import.
 VERL_IMPORTS := ray tensordict omegaconf codetiming transformers
 
-$(eval $(call environment,$(VENV),constraints.txt,-e '.[dev]',))
-$(eval $(call environment,.venv-trl,constraints-trl.txt,$(TEST_TOOLS) $(TRL_REQUIREMENTS),))
-$(eval $(call environment,.venv-verl,constraints-verl.txt,$(TEST_TOOLS) $(VERL_IMPORTS),verl==0.9.1))
+$(eval $(call environment,$(VENV),constraints.txt,-e '.[dev]',,550 MB,1.9 GB))
+$(eval $(call environment,.venv-trl,constraints-trl.txt,$(TEST_TOOLS) $(TRL_REQUIREMENTS),,650 MB,2.3 GB))
+$(eval $(call environment,.venv-verl,constraints-verl.txt,$(TEST_TOOLS) $(VERL_IMPORTS),verl==0.9.1,650 MB,2.1 GB))
 # Its wheels are said to want a Python that they run without.
-$(eval $(call environment,.venv-megatron,constraints.txt,$(TEST_TOOLS),--ignore-requires-python megatron-core==0.19.2))
-$(eval $(call environment,.venv-triton36,constraints-triton36.txt,$(TEST_TOOLS),triton==3.6.0))
+$(eval $(call environment,.venv-megatron,constraints.txt,$(TEST_TOOLS),--ignore-requires-python megatron-core==0.19.2,550 MB,1.9 GB))
+$(eval $(call environment,.venv-triton36,constraints-triton36.txt,$(TEST_TOOLS),triton==3.6.0,700 MB,1.6 GB))
 
 # The manual is read from the sources: neither torch nor the package is installed for it.
 .venv-docs/.stamp: constraints-docs.txt
+	@echo "== .venv-docs: 170 MB on disk, a minute"
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet -c constraints-docs.txt mkdocs mkdocs-material 'mkdocstrings[python]'
+	.venv-docs/bin/python -m pip install -c constraints-docs.txt mkdocs mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 env: $(VENV)/.stamp  ## make or update .venv
@@ -116,11 +127,15 @@ bench: .venv-trl/.stamp  ## time, memory and machine code beside the peers, on t
 		echo "== $$script"; $(BENCH) bench.$$script --save || exit 1; done
 	@for script in report scaling_page; do echo "== $$script"; $(BENCH) bench.$$script || exit 1; done
 
-demo: .venv-trl/.stamp  ## train a small model by RLVR with A3POTrainer, in .venv-trl; OBJECTIVE=dapo and friends
-	PYTHONPATH=. .venv-trl/bin/python -W ignore::FutureWarning -m examples.demo --objective $(OBJECTIVE) $(DEMO_ARGS)
+# Of other packages' sources, as they are imported.
+QUIET := -W ignore::FutureWarning -W ignore::SyntaxWarning
+# COMPARE="dapo a3po" in place of one OBJECTIVE; SEED, STEPS, and any other option in DEMO_ARGS.
+RUN_ARGS = $(if $(COMPARE),--compare $(COMPARE),--objective $(OBJECTIVE)) --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) $(DEMO_ARGS)
+demo: .venv-trl/.stamp  ## train a small model by RLVR with A3POTrainer, in .venv-trl; OBJECTIVE=dapo, COMPARE="dapo a3po", SEED, STEPS
+	PYTHONPATH=. .venv-trl/bin/python $(QUIET) -m examples.demo $(RUN_ARGS)
 
-train-plain: .venv-trl/.stamp  ## the same in a plain loop
-	PYTHONPATH=. .venv-trl/bin/python -m examples.train_plain --objective $(OBJECTIVE) $(DEMO_ARGS)
+train-plain: .venv-trl/.stamp  ## the same in a plain loop, with the same options
+	PYTHONPATH=. .venv-trl/bin/python $(QUIET) -m examples.train_plain $(RUN_ARGS)
 
 dynamics: .venv-trl/.stamp  ## train the studies of bench/dynamics_studies.py, several seeds each: hours, resumable; then the page
 	PYTHONPATH=. .venv-trl/bin/python -m bench.dynamics run

@@ -16,7 +16,20 @@ from tqdm.auto import tqdm
 from a3po_kernels.integrations.transformers import token_logprobs_from_model
 from examples import arithmetic, small_model
 
-WARM_UP_BATCH, WARM_UP_RATE = 64, 2e-3
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's size and warm-up: problems a step, learning rate, steps (None: the task's own)."""
+
+    name: str
+    size: small_model.Size
+    batch: int
+    rate: float
+    steps: int | None = None
+
+
+STUDY = Recipe("", small_model.LARGE, 64, 2e-3)  # of bench.dynamics: its results rest on it
+DEMO = Recipe("small-", small_model.SMALL, 32, 5e-3, 1000)  # nearly as able, in a seventh of the CPU time
 
 
 @dataclass
@@ -117,22 +130,27 @@ def worked_batches(tokens, task: ModuleType, steps: int, size: int) -> Iterator[
         yield batch
 
 
-def warm_up(folder: Path, steps: int | None = None, seed: int = 0, task: ModuleType = arithmetic) -> Path:
-    """Trains a new model on worked responses for a minute or two and saves it, unless it is there: in which folder."""
-    steps = task.WARM_UP_STEPS if steps is None else steps
-    folder = folder / f"{task.__name__.rpartition('.')[2]}-{steps}"
+def warm_up(
+    folder: Path, steps: int | None = None, seed: int = 0, task: ModuleType = arithmetic, recipe: Recipe = STUDY
+) -> Path:
+    """Trains a new model on worked responses and saves it, unless it is there: in which folder, with its tokenizer.
+
+    steps: of the warm-up, in place of the recipe's.
+    """
+    steps = steps or recipe.steps or task.WARM_UP_STEPS
+    folder = folder / f"{task.__name__.rpartition('.')[2]}-{recipe.name}{steps}"
     if (folder / "tokenizer_config.json").exists():
         return folder
     torch.manual_seed(seed)
     tokens = small_model.tokenizer(task.CHARACTERS)
-    model = small_model.model(tokens)
+    model = small_model.model(tokens, recipe.size)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_RATE, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         # Up in 30 steps, then half a cosine down to a tenth.
         optimizer, lambda step: min(1.0, (step + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
     )  # fmt: skip
-    bar = tqdm(worked_batches(tokens, task, steps, WARM_UP_BATCH), desc="supervised warm-up", total=steps)
+    bar = tqdm(worked_batches(tokens, task, steps, recipe.batch), desc="supervised warm-up", total=steps)
     for batch in bar:
         loss = model(**batch.to(model.device)).loss
         loss.backward()

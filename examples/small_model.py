@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -18,11 +20,23 @@ def tokenizer(characters: str) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def model(tokens: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 0.8 million random parameters."""
+@dataclass(frozen=True)
+class Size:
+    hidden: int
+    intermediate: int
+    layers: int
+
+
+LARGE = Size(128, 384, 4)  # 0.86 million parameters
+SMALL = Size(64, 192, 2)  # 0.11 million
+
+
+def model(tokens: PreTrainedTokenizerFast, size: Size = LARGE) -> LlamaForCausalLM:
+    """A Llama of random parameters."""
     config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.08,
-        pad_token_id=tokens.pad_token_id, bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id,
+        vocab_size=len(tokens), hidden_size=size.hidden, intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers, num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+        initializer_range=0.08, pad_token_id=tokens.pad_token_id, bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)

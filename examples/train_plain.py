@@ -1,6 +1,8 @@
 """RLVR in a plain loop, with no trainer: sample, verify, one loss from the hidden states, step.
 
     python -m examples.train_plain --objective a3po --task chain_sum --steps 60
+
+Options, and files below build/plain/, are those of examples.demo, without the heat-map.
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
-import a3po_kernels
-from a3po_kernels import Objective, group_advantages
+from a3po_kernels import Objective, group_advantages, presets
 from a3po_kernels.integrations.transformers import (
     min_p_logprobs_from_model,
     policy_loss_from_model,
     token_logprobs_from_model,
 )
-from examples import arithmetic, small_model
-from examples.rollouts import evaluate, respond, warm_up
+from examples import arithmetic, cores, options, runs, small_model
+from examples.rollouts import DEMO, evaluate, respond, warm_up
 from examples.tasks import TASKS
+
+# Those that figures draws, in the names of `train` and of the loss.
+NAMES = {
+    "reward": "reward", "entropy": "entropy", "length": "length", "beta": "weight", "clipped": "clip_fraction",
+    "clipped_low": "clip_fraction_low", "clipped_high": "clip_fraction_high", "active": "active_fraction",
+    "no_advantage": "no_advantage",
+}  # fmt: skip
 
 
 def train(
@@ -73,37 +81,37 @@ def train(
         yield {
             "step": step + 1,
             "reward": rollouts.rewards.mean().item(),
+            "clip_fraction": (out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"]).item(),
+            "no_advantage": (batch["advantages"] == 0).float().mean().item(),
             "length": rollouts.completion_mask.sum().item() / len(rollouts.rewards),
             "gradient_norm": norm.item(),
             **{name: value.item() for name, value in out.metrics.items()},
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objective", default="a3po", help="name of a preset of a3po_kernels")
-    parser.add_argument("--task", default="chain_sum", choices=TASKS)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
-    parser.add_argument("--reward-noise", type=float, default=0.0, help="share of rollouts with the wrong reward")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm-up-steps", type=int, help="of the model, if it is not there yet")
-    parser.add_argument("--folder", type=Path, default=Path("build/warm-up"), help="where the warmed-up model is kept")
-    args = parser.parse_args()
-
-    task = TASKS[args.task]
-    folder = warm_up(args.folder, args.warm_up_steps, task=task)
+def run(args: argparse.Namespace, objective: str, folder: Path) -> runs.Trained:
+    task, composed = TASKS[args.task], presets[objective]()
+    warmed_up = warm_up(args.warm_up_folder, args.warm_up_steps, task=task, recipe=DEMO)
     tokens = small_model.tokenizer(task.CHARACTERS)
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(warmed_up)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     before = evaluate(model, tokens, task=task)
-    objective = getattr(a3po_kernels, args.objective)()
-    options = {"steps": args.steps, "rate": args.rate, "reward_noise": args.reward_noise, "seed": args.seed}
-    bar = tqdm(train(model, tokens, objective, task=task, **options), total=args.steps)
+    given = {name: getattr(args, name) for name in ("steps", "iterations", "rate", "reward_noise", "seed")}
+    rows, history = [], []
+    bar = tqdm(train(model, tokens, composed, task=task, **given), desc=f"{objective}, RLVR", total=args.steps)
     for metrics in bar:
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "entropy", "length")}, refresh=False)
-    after = evaluate(model, tokens, task=task)
-    print(f"held-out accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} (+- {after['standard_error']:.3f})")
+        rows.append(metrics)
+        history.append(runs.renamed(metrics, NAMES, composed))
+    return runs.Trained(rows, history, before, evaluate(model, tokens, task=task), str(model.device))
+
+
+def main() -> None:
+    parser = options.shared_parser(__doc__, "build/plain")
+    parser.add_argument("--reward-noise", type=options.share, default=0.0, help="share of rollouts with a wrong reward")
+    args = options.read(parser)
+    cores.set_threads(args.threads)
+    runs.run_all(args, run)
 
 
 if __name__ == "__main__":

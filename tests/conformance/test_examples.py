@@ -1,15 +1,12 @@
-"""The examples run end to end, briefly; the task's prompts, responses and verifier."""
+"""The tasks' prompts, responses and verifiers; the studies of bench.dynamics, which rest on the plain loop."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,12 +22,6 @@ from examples.rollouts import pass_at
 
 pytestmark = pytest.mark.trl
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*command: str) -> str:
-    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_worked_responses_are_right_and_the_verifier_is_reasoning_gyms():
@@ -64,26 +55,7 @@ def test_problems_are_held_out():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("demo")
-
-
-def test_the_demo_writes_its_files(folder):
-    common = ("--folder", str(folder), "--warm-up-steps", "3", "--steps", "2")
-    out = run("examples.demo", "--objective", "a3po", "--iterations", "2", *common)
-    assert "held-out accuracy" in out
-    found = {path.name: path.stat().st_size for path in (folder / "a3po").iterdir() if path.is_file()}
-    assert found.keys() >= {"summary.json", "metrics.jsonl", "curves.png", "tokens.png"}
-    assert min(found["curves.png"], found["tokens.png"]) > 10_000
-    summary = json.loads((folder / "a3po" / "summary.json").read_text())
-    assert 0 <= summary["after"]["accuracy"] <= 1 and summary["objective"] == "a3po"
-    rows = [json.loads(line) for line in (folder / "a3po" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
-    out = run("examples.train_plain", "--objective", "lp_reg", *common)
-    assert "held-out accuracy" in out
-
-
-def test_the_plain_loop_is_short():
-    assert len((ROOT / "examples" / "train_plain.py").read_text().splitlines()) < 150
+    return tmp_path_factory.mktemp("dynamics")
 
 
 def test_every_number_of_the_dynamics_page_is_in_its_data():
