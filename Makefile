@@ -75,7 +75,7 @@ $(eval $(call environment,.venv-triton36,constraints-triton36.txt,$(TEST_TOOLS),
 .venv-docs/.stamp: constraints-docs.txt
 	@echo "== .venv-docs: 170 MB on disk, a minute"
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install -c constraints-docs.txt mkdocs mkdocs-material 'mkdocstrings[python]'
+	.venv-docs/bin/python -m pip install -c constraints-docs.txt mkdocs mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 env: $(VENV)/.stamp  ## make or update .venv
