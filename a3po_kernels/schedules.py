@@ -13,14 +13,15 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from .core.checks import check_is_number
+
 Value = Union[float, Tensor]
 Schedule = Callable[[Value], Value]
 
 
 def _check_finite(**values: float) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        check_is_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0; got {value}")
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Union
 
 from .core.checks import check_number, check_word
+
+
+def _level_of_the_caller() -> int:
+    """The stacklevel, from where this is called, of the first frame outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Cispo:
             warnings.warn(
                 f"CISPO's epsilon_high = {self.epsilon_high:g} bounds the ratio itself: no gradient weighs more, and "
                 f"on-policy each is multiplied by it; {1 + self.epsilon_high:g} is what other objectives call "
-                f"{self.epsilon_high:g}", stacklevel=3,
+                f"{self.epsilon_high:g}", stacklevel=_level_of_the_caller(),
             )  # fmt: skip
 
 

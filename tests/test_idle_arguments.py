@@ -17,7 +17,6 @@ def fall(step):
     ("call", "message"),
     [
         (lambda: ak.a3po(rho=3.0, schedule=fall), "^rho must be left out where schedule is given, .*; got 3.0"),
-        (lambda: ak.a3po(rho=2.0, schedule=fall), "^rho must be left out .*; got 2.0"),  # its default, given
         (lambda: ak.a3po(3.0, schedule=fall), "^rho must be left out where schedule is given"),
         (lambda: ak.a3po(alpha=0.1, schedule=fall), "^alpha must be left out where schedule is given, .*; got 0.1"),
         (lambda: ak.a3po(rho=0.5), r"^rho must be finite and lie in \[1.0, inf\]; got 0.5"),  # which max(1, .) hides
@@ -37,6 +36,8 @@ def fall(step):
         (lambda: ak.TokenRule(quantile=0.5, rounding="ceil", scope="batch"), "^rounding is of a share, .*; got 'ceil'"),
         (lambda: ak.TokenRule(metric="margin", source="current"),
          "^source is of a policy's metric, and 'margin' is a score; got 'current'"),
+        (lambda: ak.clip_cov(low=5.0, high=1.0), "^low must be below high: no token lies between; got 5.0 and 1.0"),
+        (lambda: ak.clip_cov(low=float("nan")), "^low must be below high: no token lies between; got nan and 5.0"),
         (lambda: ak.LinearDecay(0.5), "^start must be at least minimum = 1.0, where it stays; got 0.5"),
     ],
 )  # fmt: skip
@@ -49,6 +50,7 @@ def test_what_has_a_use_is_taken():
     """Beside the refusals: None is not given, one metric of two leaves `metric` the other, and a ratio may be read."""
     assert ak.a3po(rho=3.0, schedule=None) == ak.a3po(rho=3.0)
     assert ak.a3po(schedule=fall).shaping[0].selected_scale is fall
+    assert ak.a3po(2.0, 0.005, 0.2, fall) == ak.a3po(schedule=fall)  # by position, with the defaults before it
     assert ak.a3po(metric="entropy", positive_metric="probability").shaping[1].metric == "entropy"
     assert ak.a3po(polarity="positive", negative_weight=0.0) != ak.a3po(polarity="positive")
     rule = ak.TokenRule(replacement=ak.Clip())

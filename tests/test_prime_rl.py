@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import types
 
 import pytest
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import a3po_kernels as ak
 from a3po_kernels.integrations import prime_rl
+from a3po_kernels.integrations._steps import OptimizerSteps
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="ops of the linear head, tested there")
@@ -227,14 +229,13 @@ def rollouts(weighted: bool):
     return made
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),
     [("a3po", {"rho": 3.0, "kl_coef": 0.1}), ("dapo", {}), ("gspo", {"aggregation": "token-mean"}), ("dppo", {})],
 )
-def test_the_rollouts_losses_are_the_packed_batchs(name, options, weighted):
+def test_the_rollouts_losses_are_the_packed_batchs(name, options):
     """Summed and divided by the step's tokens, as compute_loss does it."""
-    inputs = rollouts(weighted)
+    inputs = rollouts(False)
     outputs = [prime_rl.policy_loss(one, objective=name, **options) for one in inputs]
     count = sum(int(one.loss_mask.sum()) for one in inputs)
     found = torch.stack([out.loss for out in outputs]).sum() / count
@@ -248,7 +249,6 @@ def test_the_rollouts_losses_are_the_packed_batchs(name, options, weighted):
         logprobs, packed("advantages"), objective=ak.presets[name](**options), mask=packed("loss_mask"),
         old_logprobs=packed("inference_logprobs"), cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0),
         ref_logprobs=packed("ref_logprobs") if options.get("kl_coef") else None,
-        importance_weights=packed("loss_weights") if weighted else None,
     )  # fmt: skip
     assert abs(expected.loss) > 1e-2
     torch.testing.assert_close(found, expected.loss)
@@ -256,18 +256,91 @@ def test_the_rollouts_losses_are_the_packed_batchs(name, options, weighted):
     assert all(value.ndim == 0 and value.isfinite() for out in outputs for value in out.metrics.values())
 
 
+def of_prime_rl(one, kl_tau):
+    """default_loss_fn of prime-rl's page of algorithms, adv_tau 1: DPPO's mask, the ratio, the squared log ratio."""
+    log_ratio = one.trainer_logprobs - one.inference_logprobs
+    moved = one.trainer_logprobs.exp() - one.inference_logprobs.exp()
+    outside = torch.where(one.advantages > 0, moved > 0.02, moved < -0.02)
+    per_token = one.loss_mask * (kl_tau * log_ratio**2 - ~outside * one.advantages * log_ratio.exp())
+    return (per_token if one.loss_weights is None else per_token * one.loss_weights).sum()
+
+
+@pytest.mark.parametrize(("weighted", "kl_tau"), [(False, 0.1), (True, 0.0)])
+def test_dppo_is_prime_rls_own_loss(weighted, kl_tau):
+    """In its gradient: the package's value is the one of -sg(r) A logp."""
+    kept = 0
+    for one in rollouts(weighted):
+        ours = prime_rl.policy_loss(one, "dppo", delta_low=0.02, delta_high=0.02, log_ratio_coef=kl_tau)
+        found, expected = (
+            torch.autograd.grad(loss, one.trainer_logprobs)[0] for loss in (ours.loss, of_prime_rl(one, kl_tau))
+        )
+        torch.testing.assert_close(found, expected)
+        kept += int((found != 0).sum())
+    assert 3 < kept
+
+
+WEIGHABLE = ("a3po", "dapo", "cispo", "dppo", "topr", "w_reinforce", "gspo", "sapo", "gmpo")
+
+
+@pytest.mark.parametrize("name", WEIGHABLE)
+def test_weights_of_two_are_twice_the_loss(name):
+    for one in rollouts(False):
+        found = {}
+        for weight in (None, 2.0):
+            one.loss_weights = None if weight is None else torch.full_like(one.advantages, weight)
+            out = prime_rl.policy_loss(one, name, aggregation="token-mean")
+            found[weight] = (out.loss, torch.autograd.grad(out.loss, one.trainer_logprobs)[0])
+        for plain, doubled in zip(found[None], found[2.0], strict=True):
+            torch.testing.assert_close(doubled, 2.0 * plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "term"),
+    [("dapo", {"kl_coef": 0.1}, "kl_coef"), ("dppo", {"log_ratio_coef": 0.1}, "log_ratio_coef"),
+     ("vespo", {}, "VESPO's factor")],
+)  # fmt: skip
+def test_weights_that_would_not_weigh_all_of_a_loss_are_refused(name, options, term):
+    with pytest.raises(ValueError, match=f"loss_weights scale a token's whole loss, and {term} is not"):
+        prime_rl.policy_loss(rollouts(True)[0], name, **options)
+    assert prime_rl.policy_loss(rollouts(False)[0], name, **options).loss.isfinite()
+
+
+class FullCPUOffloadOptimizer:
+    """prime-rl's: steps by kernels of its own, or an optimizer of torch once a chunk."""
+
+    def __init__(self, inner, chunks):
+        self.inner, self.chunks = inner, chunks
+
+    def step(self, closure=None):
+        for _ in range(self.chunks):
+            self.inner.step()
+        return "stepped"
+
+
 def test_the_schedule_counts_the_optimizers_steps(monkeypatch):
-    steps = prime_rl._steps()
-    monkeypatch.setattr(steps, "step", 100)
-    monkeypatch.setattr(steps, "pending", False)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    """One a loss, whoever steps: two optimizers, one that follows no loss, prime-rl's own without a hook of torch's."""
+    module = types.ModuleType("prime_rl.trainer.optim.offload")
+    module.FullCPUOffloadOptimizer = type("FullCPUOffloadOptimizer", (FullCPUOffloadOptimizer,), {})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    prime_rl._steps.cache_clear()
+    monkeypatch.setenv("A3PO_INITIAL_STEP", "100")
+    one, two = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2))
+    native, chunked = (module.FullCPUOffloadOptimizer(one, chunks) for chunks in (0, 3))
     betas = []
-    for one in [*rollouts(False), None, None, *rollouts(False)[:1]]:
-        if one is None:
-            optimizer.step()  # the second follows no loss
-        else:
-            betas.append(prime_rl.policy_loss(one).metrics["weight"].item())
-    assert betas == pytest.approx([1.5, 1.5, 1.5, 1.495])
+    for optimizers in ((one, one), (one, two), (native,), (chunked,), ()):
+        for rollout in rollouts(False):
+            betas.append(round(prime_rl.policy_loss(rollout).metrics["weight"].item(), 6))
+        returned = [optimizer.step() for optimizer in optimizers]
+    assert betas == [beta for beta in (1.5, 1.495, 1.49, 1.485, 1.48) for _ in LENGTHS] and returned == []
+    assert chunked.step() == "stepped"
+    prime_rl._steps.cache_clear()
+
+
+@pytest.mark.parametrize("first", ["ten", "-1", ""])
+def test_a_first_step_that_is_none(first, monkeypatch):
+    monkeypatch.setenv("A3PO_INITIAL_STEP", first)
+    with pytest.raises(ValueError, match="A3PO_INITIAL_STEP must be an integer of at least 0; got"):
+        OptimizerSteps()
 
 
 @pytest.mark.parametrize(

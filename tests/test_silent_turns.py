@@ -296,6 +296,8 @@ def test_a_card_that_the_kernels_do_not_run_on_is_said(capability, found, monkey
         (lambda: ak.dapo(epsilon=0.2), "(here it is epsilon_low and epsilon_high)"),
         (lambda: ak.dapo(clip_ratio_high=0.2), "(here it is epsilon_high)"),
         (lambda: ak.grpo(beta=0.1), "(here it is kl_coef)"),
+        (lambda: ak.cispo(clip_ratio_high=0.28), "(its epsilon_high is the bound of the ratio itself: 1.28 where"),
+        (lambda: ak.a3po(beta=2.0), "(beta(step) is rho and alpha, or schedule; TRL's KL coefficient is kl_coef)"),
         (lambda: ak.sapo(epsilon=0.1), "unexpected keyword 'epsilon' of sapo"),  # which has no bound
         (lambda: ak.dapo(epsilon_low=np.float32(0.2)), "must be a number; got numpy.float32: give float(...)"),
         (lambda: on_logits(objective=ak.Reinforce()), "Objective(surrogate=Reinforce(...))"),
@@ -315,7 +317,7 @@ def test_every_name_that_is_given_is_a_keyword():
 def test_a_bound_of_cispo_that_scales_every_gradient_is_said():
     with pytest.warns(UserWarning, match=r"epsilon_high = 0\.28 bounds the ratio itself.*1\.28 is what") as caught:
         ak.cispo(epsilon_high=0.28)
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__  # who called it, not the package's own line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ak.cispo(epsilon_high=1.0)

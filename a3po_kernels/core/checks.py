@@ -77,13 +77,18 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
 
 
-def check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
+def check_is_number(name: str, value: object) -> None:
+    """Raises TypeError for anything but an int or a float, bools among it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         kind = type(value)
         got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-        hint = ": give float(...)" if hasattr(value, "__float__") else ""
+        hint = ": give float(...)" if hasattr(value, "__float__") and not isinstance(value, bool) else ""
         raise TypeError(f"{name} must be a number; got {got}{hint}")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raises TypeError for a non-number, ValueError outside [low, high] (outside (low, high] with `above`)."""
+    check_is_number(name, value)
     if not (low < value <= high if above else low <= value <= high) or not -math.inf < value < math.inf:
         bracket = "(" if above else "["
         raise ValueError(f"{name} must be finite and lie in {bracket}{low}, {high}]; got {value}")
@@ -217,10 +222,9 @@ def as_rows(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.ndim == 3 else logits.reshape(-1, *logits.shape[-2:])
 
 
-def check_selection(ratio: object, side: str, scope: str, rounding: str) -> None:
+def check_selection(ratio: Any, side: str, scope: str, rounding: str) -> None:
     """Raises ValueError or TypeError unless 0 < ratio <= 1 and the words are known."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(f"ratio must be a number; got {type(ratio).__name__}")
+    check_is_number("ratio", ratio)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1]; got {ratio}")
     for name, value, known in (("side", side, SIDES), ("scope", scope, SCOPES), ("rounding", rounding, ROUNDINGS)):

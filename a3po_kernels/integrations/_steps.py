@@ -15,8 +15,12 @@ class OptimizerSteps:
     """
 
     def __init__(self) -> None:
-        self.step, self.pending = int(os.environ.get("A3PO_INITIAL_STEP", "0")), False
-        register_optimizer_step_post_hook(self._after_optimizer_step)
+        first = os.environ.get("A3PO_INITIAL_STEP", "0")
+        if not first.isdecimal():
+            raise ValueError(f"A3PO_INITIAL_STEP must be an integer of at least 0; got {first!r}")
+        self.step, self.pending = int(first), False
+        register_optimizer_step_post_hook(self.advance)
 
-    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def advance(self, *_: Any) -> None:
+        """An optimizer has stepped; a second one after the same loss counts nothing."""
         self.step, self.pending = self.step + self.pending, False

@@ -22,15 +22,15 @@ Nothing of prime-rl is imported.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..core.checks import is_dtensor
 from ..losses.logprobs import logprob_policy_loss
-from ..objectives import CustomSurrogate, Objective, TokenRule
+from ..objectives import CustomSurrogate, Objective, TokenRule, Vespo
 from ..ops.linear_token_logprobs import linear_token_logprobs
 from ._presets import build_objective
 from ._steps import OptimizerSteps
@@ -63,7 +63,20 @@ class LossOutputs(NamedTuple):
 
 @functools.cache
 def _steps() -> OptimizerSteps:
-    return OptimizerSteps()
+    """The count, from the first loss on, when prime-rl has made its optimizer."""
+    steps = OptimizerSteps()
+    offload = getattr(sys.modules.get("prime_rl.trainer.optim.offload"), "FullCPUOffloadOptimizer", None)
+    if offload is not None:  # its kernels step no optimizer of torch, whose hook would tell
+        own = offload.step
+
+        @functools.wraps(own)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = own(self, *args, **kwargs)
+            steps.advance()
+            return result
+
+        offload.step = step
+    return steps
 
 
 def policy_loss(inputs: LossInputs, objective: str | Objective = "a3po", **options: Any) -> LossOutputs:
@@ -75,7 +88,8 @@ def policy_loss(inputs: LossInputs, objective: str | Objective = "a3po", **optio
 
     Args:
         inputs: prime-rl's LossInputs of a rollout, each [seq]: trainer_logprobs and inference_logprobs (nats),
-            ref_logprobs or None, advantages, loss_mask (bool), loss_weights (factors of the surrogate) or None.
+            ref_logprobs or None, advantages, loss_mask (bool), loss_weights (constant factors of the tokens' losses, at
+            least 0) or None.
         objective: a preset's name (the kwargs of a configuration hold no objects) or an Objective.
         options: the preset's keywords, as in a3po(rho=...); none beside an Objective.
 
@@ -85,19 +99,36 @@ def policy_loss(inputs: LossInputs, objective: str | Objective = "a3po", **optio
 
     Raises:
         ValueError: an unknown objective or option; another aggregation, normalize_over="selected", what reads the batch
-            or an entropy, which one rollout's log-probs do not show.
+            or an entropy, which one rollout's log-probs do not show; loss_weights with a term beside the surrogate (KL,
+            log_ratio_coef) or VESPO's factor, which they would not weigh.
     """
     chosen = _objective(objective, options)
-    tokens = inputs.trainer_logprobs.shape[0]
-    offsets = torch.tensor([0, tokens], device=inputs.trainer_logprobs.device)
+    if inputs.loss_weights is not None:
+        _check_weighable(chosen)
     steps = _steps()
+
+    def row(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.unsqueeze(0)
+
     out = logprob_policy_loss(
-        inputs.trainer_logprobs, inputs.advantages, objective=chosen, old_logprobs=inputs.inference_logprobs,
-        ref_logprobs=inputs.ref_logprobs if chosen.kl_coef else None, mask=inputs.loss_mask, cu_seqlens=offsets,
-        importance_weights=inputs.loss_weights, denominator=1.0, step=steps.step,
+        inputs.trainer_logprobs.unsqueeze(0), inputs.advantages.unsqueeze(0), objective=chosen,
+        old_logprobs=row(inputs.inference_logprobs), ref_logprobs=row(inputs.ref_logprobs) if chosen.kl_coef else None,
+        mask=row(inputs.loss_mask), importance_weights=row(inputs.loss_weights), denominator=1.0, step=steps.step,
     )  # fmt: skip
     steps.pending |= inputs.trainer_logprobs.requires_grad
     return LossOutputs(out.loss, {name: out.metrics[name] for name in _LOGGED})
+
+
+def _check_weighable(chosen: Objective) -> None:
+    """Raises ValueError for an objective of which importance weights do not scale the whole loss of a token."""
+    terms = {"kl_coef": chosen.kl_coef, "log_ratio_coef": chosen.log_ratio_coef}
+    terms["VESPO's factor"] = any(isinstance(weight, Vespo) for weight in chosen.ratio_weights)
+    for name, there in terms.items():
+        if there:
+            raise ValueError(
+                f"loss_weights scale a token's whole loss, and {name} is not in what is weighed here: leave it out, or "
+                "train without weights"
+            )
 
 
 def _objective(objective: str | Objective, options: dict[str, Any]) -> Objective:

@@ -134,7 +134,8 @@ def policy_loss_from_model(
             once, for how many rows may have a gradient.
         aux_loss_coef: of a mixture-of-experts' load-balancing loss, which is added where the model gives one (pass
             output_router_logits=True in batch); by default the config's router_aux_loss_coef.
-        options: keywords of linear_policy_loss that are not the head's: step, temperature, denominator, route, ...
+        options: keywords of linear_policy_loss that neither the head nor the batch gives: step, temperature,
+            denominator, route, ...
 
     Packed rollouts, ids [1, L] with position_ids that begin anew at each of them, cu_seqlens [S + 1] and mask [1, L] of
     the response's tokens, go through swap_head, without an attention_mask. Row i predicts token i + 1:

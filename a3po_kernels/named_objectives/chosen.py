@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.checks import check_number, check_word
+from ..core.checks import check_is_number, check_number, check_word
 from ..objectives import (
     POLICY_METRICS,
     Clip,
@@ -214,9 +214,10 @@ def clip_cov(
         low, high: bounds of the covariance (A - mean A) (logp - mean logp) of the candidates, in nats.
         seed: an integer of the hash.
     """
-    for name, bound in (("low", low), ("high", high)):
-        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
-            raise TypeError(f"{name} must be a number; got {type(bound).__name__}")
+    check_is_number("low", low)
+    check_is_number("high", high)
+    if not low < high:
+        raise ValueError(f"low must be below high: no token lies between; got {low} and {high}")
     surrogate = Clip(epsilon_low, epsilon_high, dual_clip, delta)
     rule = TokenRule(
         metric=CovarianceCandidates(low, high, seed, surrogate), source="current", side="high", ratio=ratio,

@@ -30,7 +30,7 @@ OVERRIDES = {
     "aggregation": '"token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or "seq-mean-token-sum-norm".',
     "ratio_level": (
         '"token", "sequence", the ratio exp(mean over the rollout of logp - old), or "sequence-token", that value with '
-        "each token's own derivative."
+        "each token's own derivative. A surrogate that reads no ratio, or that of one level alone, takes one word."
     ),
 }
 CLIP_OVERRIDES = {
@@ -46,6 +46,11 @@ ELSEWHERE = {
     "beta": "kl_coef", "kl_loss_coef": "kl_coef", "entropy_coeff": "entropy_coef",
     "token_ratio": "ratio", "loss_agg_mode": "aggregation", "importance_sampling_level": "ratio_level",
 }  # fmt: skip
+_RAW = " (its epsilon_high is the bound of the ratio itself: 1.28 where others say .28)"
+OF_ONE = {
+    **{("cispo", name): _RAW for name in ("epsilon", "clip_ratio", "clip_ratio_high")},
+    ("a3po", "beta"): " (beta(step) is rho and alpha, or schedule; TRL's KL coefficient is kl_coef)",
+}
 _END = """
 Returns:
     The Objective, for the argument `objective` of every loss.
@@ -84,6 +89,7 @@ def preset(function: Callable[P, Objective]) -> Callable[P, Objective]:
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 if name in ELSEWHERE and ELSEWHERE[name].split()[0].rstrip(",") in takes:
                     hint = f" (here it is {ELSEWHERE[name]})"
+                hint = OF_ONE.get((function.__name__, name), hint)
                 raise TypeError(
                     f"unexpected keyword {name!r} of {function.__name__}{hint}; it takes {', '.join(takes)}"
                 )
@@ -96,14 +102,15 @@ def preset(function: Callable[P, Objective]) -> Callable[P, Objective]:
 def checks_what_is_given(
     check: Callable[[Mapping[str, Any]], None],
 ) -> Callable[[Callable[P, Objective]], Callable[P, Objective]]:
-    """Calls check with the arguments that a caller gave, by name, and not with defaults: those may go with anything."""
+    """Calls check with the arguments that are not the defaults, by name: a default may go with anything."""
 
     def decorate(function: Callable[P, Objective]) -> Callable[P, Objective]:
-        takes = list(inspect.signature(function).parameters)
+        defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
         @functools.wraps(function)
         def build(*args: P.args, **kwargs: P.kwargs) -> Objective:
-            check({**dict(zip(takes, args, strict=False)), **kwargs})
+            given = {**dict(zip(defaults, args, strict=False)), **kwargs}
+            check({name: value for name, value in given.items() if value is not None and value != defaults.get(name)})
             return function(*args, **kwargs)
 
         return build

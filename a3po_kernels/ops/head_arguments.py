@@ -10,6 +10,7 @@ from ..core.autograd import refuse_tangents
 from ..core.checks import (
     INDEX_DTYPES,
     LOGIT_DTYPES,
+    check_is_number,
     check_targets_shape,
     check_tensor,
     check_transform,
@@ -75,8 +76,7 @@ def _read_lora(lora: object, columns: int, width: int, device: torch.device) -> 
         raise ValueError(
             f"lora must hold A [r, {width}] and B [{columns}, r]; got {list(a.shape)} and {list(b.shape)}"
         )  # fmt: skip
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"lora's scale must be a number; got {type(scale).__name__}")
+    check_is_number("lora's scale", scale)
     refuse_tangents(**{"lora A": a, "lora B": b})
     return a, b, float(scale)
 

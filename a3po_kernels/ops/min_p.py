@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..core.checks import as_rows, compute_dtype
+from ..core.checks import as_rows, check_is_number, compute_dtype
 from ..core.operators import plainly
 from ..core.transform import Transform
 from ..parallel.agreement import check_agreement
@@ -55,10 +55,9 @@ def _(logits, targets, *_):
 _min_p_plainly = plainly(_min_p)
 
 
-def check_min_p(min_p: object) -> None:
+def check_min_p(min_p: Any) -> None:
     """Raises TypeError or ValueError unless 0 < min_p <= 1."""
-    if isinstance(min_p, bool) or not isinstance(min_p, (int, float)):
-        raise TypeError(f"min_p must be a number; got {type(min_p).__name__}")
+    check_is_number("min_p", min_p)
     if not 0 < min_p <= 1:
         raise ValueError(f"min_p must lie in (0, 1]; got {min_p}")
 
