@@ -15,7 +15,7 @@ PAGE = docs_examples.ROOT / "docs" / "plain-loop.md"
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> str:
-    result = docs_examples.run_blocks(PAGE, tmp_path_factory.mktemp("page"))
+    result = docs_examples.run_blocks(PAGE, tmp_path_factory.mktemp("page"), "trl")
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -7,14 +7,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import a3po_kernels as ak
 
 pytest.importorskip("trl")
 import tiny
-from test_transformers_distributed import RANKS, join
+from test_transformers_distributed import RANKS, join, leave
 from test_transformers_integration import assert_same_gradients, completion_logits, logits_loss
 
 from a3po_kernels.integrations.transformers import policy_loss_from_model, token_logprobs_from_model
@@ -91,7 +90,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     join(rank, folder)
     torch.save({(n, loss): steps(rank, n, loss) for n in OPTIONS for loss in LOSSES}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +131,7 @@ def train(rank: int, folder: str) -> None:
     options = {**both, "objective": "dapo"}
     ours = trained(A3POTrainer, A3POConfig, f"{folder}/model", f"{folder}/{rank}", **options)
     torch.save([parameters(made) for made in (theirs, ours)], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
