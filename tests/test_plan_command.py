@@ -16,7 +16,7 @@ from a3po_kernels.planning import HeadStep, Machine, estimate_memory, estimate_s
 from a3po_kernels.planning.__main__ import main, read
 from a3po_kernels.planning.cards import CARDS
 from a3po_kernels.planning.model import assumed_model
-from a3po_kernels.planning.plan import make_plan
+from a3po_kernels.planning.plan import limit_of, make_plan
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="arithmetic, natively")
 SMALL = HeadStep(
@@ -185,6 +185,24 @@ def test_every_card(capsys, name):
     assert found["chunk"]["max_chunk_bytes"] == card.memory // 32
     # No card is said to beat its data sheet.
     assert found["estimate"]["seconds"] > found["limit"]["seconds"]
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+@pytest.mark.parametrize("lora_rank", [0, 64, 4096])
+@pytest.mark.parametrize("statistics", ["all", "active"])
+def test_no_step_is_faster_than_the_limit(statistics, lora_rank, tp):
+    """Few rows, which the weight's bytes bound; rows without a gradient, or none with one; adapters of any rank."""
+    card = CARDS["h200"]
+    for tokens in (64, 1024, 8192):
+        for active in (0.0, 0.01, 0.3, 1.0):
+            for frozen in (False, True):
+                step = HeadStep(
+                    tokens, 151936, 4096, torch.bfloat16, presets["a3po"](), tp=tp, lora_rank=lora_rank,
+                    active_fraction=active, statistics=statistics, frozen_weight=frozen, device_memory=card.memory,
+                )  # fmt: skip
+                estimate, limit = estimate_step(step), limit_of(step, card)
+                assert limit.operations <= estimate.operations, step
+                assert 0 < limit.seconds <= estimate.seconds and 0 < estimate.efficiency, step
 
 
 def refused(capsys, arguments: list[str], message: str) -> None:

@@ -159,10 +159,19 @@ def _memory(step: HeadStep) -> MemoryEstimate:
     return memory_of_step(step).beside(lora=lora, collectives=buffers)
 
 
+def least_bytes(step: HeadStep) -> int:
+    """What the products of a rank move at least: computed rows and the weight read once, the gradients written once."""
+    weight = step.shard * step.width
+    read = step.computed * step.width + (weight if max(step.computed, step.active) else 0)
+    written = step.tokens * step.width + (0 if step.frozen_weight else weight)
+    return (read + written) * step.dtype.itemsize
+
+
 def _compute_seconds(step: HeadStep, machine: Machine) -> tuple[int, float, float]:
     operations = sum(_products(step).values())
     kernels = _passes(step) * step.shard * step.dtype.itemsize / machine.copy
-    return operations, operations / machine.flops, kernels
+    # Few rows are bound by the weight's bytes.
+    return operations, max(operations / machine.flops, least_bytes(step) / machine.copy), kernels
 
 
 def estimate_step(

@@ -109,12 +109,14 @@ def _merged(path: Path) -> dict[str, Any]:
         for name in NESTED:
             if isinstance(entries.get(name), dict):
                 inner = entries.pop(name)
-                entries, found = {**entries, **inner}, True
+                told = {key: value for key, value in inner.items() if value is not None or key not in entries}
+                entries, found = {**entries, **told}, True
     return entries
 
 
 def _dtype(entries: dict[str, Any], path: Path) -> torch.dtype | None:
-    word = entries.get("dtype", entries.get("torch_dtype"))
+    words = (entries.get(name) for name in ("dtype", "torch_dtype"))
+    word = next((found for found in words if found is not None), None)
     if word is None or word == "auto":
         return None
     key = str(word).removeprefix("torch.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from .beside import Formula, formulas, why_not_beside
 from .cards import Card
-from .estimate import WEIGHT_GRADIENTS, Machine, StepEstimate, estimate_step
+from .estimate import WEIGHT_GRADIENTS, Machine, StepEstimate, estimate_step, least_bytes
 from .model import Model
 from .step import HeadStep
 
@@ -77,16 +77,15 @@ class Plan:
 
 
 def limit_of(step: HeadStep, card: Card, flops: float | None = None) -> Limit:
-    """2NVH for the statistics of the rows that are computed, 4fNVH (2fNVH of a frozen weight) for the gradients; hidden
-    states and weight read once each way, gradients written once. flops: instead of the card's, which are of 16 bits.
+    """2NVH for the statistics of the rows that are computed, 4fNVH (2fNVH of a frozen weight) for the gradients.
+
+    These rows' hidden states and the weight read once, gradients written once. flops: instead of the card's, of 16 bits.
     """
-    n, v, h, size = step.tokens, step.shard, step.width, step.dtype.itemsize
+    v, h = step.shard, step.width
     products = 2 * step.computed + (2 if step.frozen_weight else 4) * step.active
-    adapter = 6 * step.tokens * step.lora_rank * (h + v)
-    weights = v * h * (1 if step.frozen_weight else 2)
-    return Limit(
-        products * v * h + adapter, size * (2 * n * h + weights), card.flops if flops is None else flops, card.bandwidth
-    )
+    adapter = (2 * step.computed + 4 * step.active) * step.lora_rank * (h + v)
+    rate = card.flops if flops is None else flops
+    return Limit(products * v * h + adapter, least_bytes(step), rate, card.bandwidth)
 
 
 def share_of(step: HeadStep, card: Card, model: Model, mfu: float, head_seconds: float) -> Share:
