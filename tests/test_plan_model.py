@@ -48,6 +48,9 @@ def test_dtype_and_tied(written):
     assert written({**DENSE, "torch_dtype": "float16"}).dtype == torch.float16
     assert written({**DENSE, "dtype": "torch.bfloat16", "torch_dtype": "float32"}).dtype == torch.bfloat16
     assert written({**DENSE, "torch_dtype": "auto"}).dtype is None
+    assert written({**DENSE, "dtype": None, "torch_dtype": "bfloat16"}).dtype == torch.bfloat16
+    inner = {**DENSE, "dtype": None}
+    assert written({"dtype": "float16", "text_config": inner}).dtype == torch.float16
     assert written({**DENSE, "tie_word_embeddings": True}).tied is True
 
 

@@ -79,7 +79,7 @@ class Plan:
 def limit_of(step: HeadStep, card: Card, flops: float | None = None) -> Limit:
     """2NVH for the statistics of the rows that are computed, 4fNVH (2fNVH of a frozen weight) for the gradients.
 
-    These rows' hidden states and the weight read once, gradients written once. flops: instead of the card's, of 16 bits.
+    Their hidden states and the weight read once, gradients written once. flops: instead of the card's, of 16 bits.
     """
     v, h = step.shard, step.width
     products = 2 * step.computed + (2 if step.frozen_weight else 4) * step.active
