@@ -110,7 +110,11 @@ def checks_what_is_given(
         @functools.wraps(function)
         def build(*args: P.args, **kwargs: P.kwargs) -> Objective:
             given = {**dict(zip(defaults, args, strict=False)), **kwargs}
-            check({name: value for name, value in given.items() if value is not None and value != defaults.get(name)})
+            given = {name: value for name, value in given.items() if value is not None}
+            # Only where another argument may leave one without a use: torch.compile guards on what is compared.
+            if any(not isinstance(value, (int, float)) for value in given.values()):
+                given = {name: value for name, value in given.items() if value != defaults.get(name)}
+            check(given)
             return function(*args, **kwargs)
 
         return build

@@ -212,7 +212,7 @@ def _own(name: str, rng: random.Random) -> dict[str, Any]:
     if name == "kl_cov":
         return _some(rng, 0.6, ratio=RATIOS, penalty=(0.0, 1.0))
     if name == "clip_cov":
-        return _some(rng, 0.8, ratio=RATIOS, low=(-0.5, 0.05), high=(0.4, 3.0), seed=(1, 7))
+        return _some(rng, 0.8, ratio=RATIOS, low=(-0.5, 0.05), high=(1.4, 3.0), seed=(1, 7))
     return draw_surrogate(rng, name.capitalize()).fields if name in ("cispo", "sapo", "dppo", "gmpo") else {}
 
 
