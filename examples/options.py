@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from a3po_kernels.core.checks import did_you_mean
 from a3po_kernels.named_objectives import find_preset
 from examples.tasks import TASKS
 
@@ -27,8 +27,7 @@ def task_name(text: str) -> str:
     """The name of a task; the error of another lists them and the nearest."""
     if text in TASKS:
         return text
-    near = difflib.get_close_matches(text.lower(), TASKS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(text.lower(), TASKS)
     raise argparse.ArgumentTypeError(f"task must be one of {', '.join(TASKS)}; got {text!r}{hint}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,6 +27,9 @@ def _main(rank: int, ranks: int, folder: str, work: Callable, arguments: tuple, 
     try:
         torch.save(work(*arguments), Path(folder) / f"{rank}.pt")
     finally:
+        # What work left in cycles goes first: a Reducer that frees the group does so under the interpreter's lock, for
+        # which a thread of gloo's may be waiting.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
     """Raises TypeError for a tensor of integers or bools."""
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """The known word that is most like one that is not known, for an error; None where none is."""
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return near[0] if near else None
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of an error about a word that is not known: a question, or nothing."""
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def check_is_number(name: str, value: object) -> None:

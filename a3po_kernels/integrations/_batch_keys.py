@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from ..core.checks import did_you_mean, nearest
 from ..core.operators import reads_values
 from ..objectives import Objective
 from ._lm_head import unwrap
@@ -106,16 +106,15 @@ def check_keys(batch: Mapping[str, Any], model: nn.Module) -> None:
 def _hint(key: str, known: Iterable[str]) -> str:
     if key in _ELSEWHERE:
         return f": here it is {_ELSEWHERE[key]!r}"
-    near = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; the loss reads {', '.join(OWN)}"
+    return did_you_mean(key, known) or f"; the loss reads {', '.join(OWN)}"
 
 
 def check_tensors(batch: Mapping[str, Any], *names: str) -> None:
     """Raises TypeError for an entry that is missing, or no tensor."""
     for name in names:
         if name not in batch:
-            near = difflib.get_close_matches(name, [str(key) for key in batch if key not in OWN], n=1)
-            hint = f"; is it {near[0]!r}?" if near else f"; it has {', '.join(map(str, batch))}"
+            near = nearest(name, [str(key) for key in batch if key not in OWN])
+            hint = f"; is it {near!r}?" if near else f"; it has {', '.join(map(str, batch))}"
             raise TypeError(f"batch must have {name!r}{hint}")
         if not isinstance(batch[name], Tensor):
             raise TypeError(f"batch[{name!r}] must be a tensor; got {type(batch[name]).__name__}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
+from ..core.checks import did_you_mean
 from ..objectives import SURROGATES, Objective
 from .chosen import CovarianceCandidates, a3po, clip_cov, covariance, fork_tokens, kl_cov
 from .clipped import dapo, dr_grpo, grpo, gspo, gspo_token, lp_reg, luspo, nsr, psr, w_reinforce
@@ -31,8 +31,7 @@ def find_preset(name: Any) -> Callable[..., Objective]:
     """The preset of a name; raises ValueError with all of them, and the nearest, for an unknown one."""
     if isinstance(name, str) and name in presets:
         return presets[name]
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), presets, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(str(name).lower().replace("-", "_"), presets)
     raise ValueError(f"objective must be an Objective or one of {', '.join(presets)}; got {name!r}{hint}")
 
 

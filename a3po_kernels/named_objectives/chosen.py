@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.checks import check_is_number, check_number, check_word
 from ..objectives import (
@@ -18,29 +16,31 @@ from ..objectives import (
     TokenRule,
 )
 from ..schedules import LinearDecay, Schedule
-from .keywords import check_weights, checks_what_is_given, preset
+from .keywords import check_weights, preset
 
 
-def _check_a3po(given: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument that another one would leave without a use."""
-    for name in ("rho", "alpha"):
-        if name in given and given.get("schedule") is not None:
-            raise ValueError(
-                f"{name} must be left out where schedule is given, the whole of beta(step); got {given[name]!r}"
-            )
-    polarity = given.get("polarity", "both")
+def _check_a3po(
+    rho: float, alpha: float, schedule: Schedule | None, metric: str, metrics: dict[str, str | None], polarity: str
+) -> None:
+    """Raises ValueError for an argument that another one leaves without a use; a default may go with anything.
+
+    metrics: "positive" and "negative": the rules' own.
+    """
+    # What torch.compile compares it guards on: rho and alpha are looked at beside a schedule alone.
+    for name, value, default in (("rho", rho, 2.0), ("alpha", alpha, 0.005)) if schedule is not None else ():
+        if value is not None and value != default:
+            raise ValueError(f"{name} must be left out where schedule is given, the whole of beta(step); got {value!r}")
     check_word("polarity", polarity, ("both", "positive", "negative"))
-    rules = ("positive", "negative") if polarity == "both" else (polarity,)
-    for name in ("positive", "negative"):
-        if name not in rules and given.get(f"{name}_metric") is not None:
+    rules = tuple(metrics) if polarity == "both" else (polarity,)
+    for name, own in metrics.items():
+        if name not in rules and own is not None:
             raise ValueError(
-                f"{name}_metric must be left out where polarity is {polarity!r}, which has no {name} rule; "
-                f"got {given[f'{name}_metric']!r}"
+                f"{name}_metric must be left out where polarity is {polarity!r}, which has no {name} rule; got {own!r}"
             )
-    own = [f"{name}_metric" for name in rules if given.get(f"{name}_metric") is not None]
-    if "metric" in given and len(own) == len(rules):
+    given = [f"{name}_metric" for name in rules if metrics[name] is not None]
+    if metric not in (None, "probability") and len(given) == len(rules):
         raise ValueError(
-            f"metric must be left out where every rule has its own, {' and '.join(own)}; got {given['metric']!r}"
+            f"metric must be left out where every rule has its own, {' and '.join(given)}; got {metric!r}"
         )
 
 
@@ -75,7 +75,6 @@ def fork_tokens(
 
 
 @preset
-@checks_what_is_given(_check_a3po)
 def a3po(
     rho: float = 2.0,
     alpha: float = 0.005,
@@ -112,6 +111,8 @@ def a3po(
         positive_weight, negative_weight: of all tokens of positive and of negative rollouts, at least 0: numbers, or
             schedules step -> value.
     """
+    metrics = {"positive": positive_metric, "negative": negative_metric}
+    _check_a3po(rho, alpha, schedule, metric, metrics, polarity)
     check_number("rho", rho, 1.0)
     check_number("alpha", alpha, 0.0)
     check_weights(positive_weight=positive_weight, negative_weight=negative_weight)
@@ -119,7 +120,7 @@ def a3po(
     shaping: list[PolarityWeights | TokenRule] = []
     if (positive_weight, negative_weight) != (1.0, 1.0):
         shaping.append(PolarityWeights(positive_weight, negative_weight))
-    for sign, name, given in ((1, "positive", positive_metric), (-1, "negative", negative_metric)):
+    for sign, (name, given) in zip((1, -1), metrics.items(), strict=True):
         chosen = metric if given is None else given
         check_word("metric" if given is None else f"{name}_metric", chosen, POLICY_METRICS)
         if polarity in ("both", name):

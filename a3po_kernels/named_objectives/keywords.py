@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec
+from collections.abc import Callable
+from typing import ParamSpec
 
-from ..core.checks import as_tuple, check_number
+from ..core.checks import as_tuple, check_number, nearest
 from ..objectives import RATIO_WEIGHTS, Objective, RatioWeight
 from ..schedules import Schedule
 
@@ -85,8 +84,8 @@ def preset(function: Callable[P, Objective]) -> Callable[P, Objective]:
     def build(*args: P.args, **kwargs: P.kwargs) -> Objective:
         for name in kwargs:
             if name not in takes:
-                near = difflib.get_close_matches(name, takes, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                near = nearest(name, takes)
+                hint = f" (did you mean {near!r}?)" if near else ""
                 if name in ELSEWHERE and ELSEWHERE[name].split()[0].rstrip(",") in takes:
                     hint = f" (here it is {ELSEWHERE[name]})"
                 hint = OF_ONE.get((function.__name__, name), hint)
@@ -97,29 +96,6 @@ def preset(function: Callable[P, Objective]) -> Callable[P, Objective]:
 
     build.__doc__ = _documented(function)
     return build
-
-
-def checks_what_is_given(
-    check: Callable[[Mapping[str, Any]], None],
-) -> Callable[[Callable[P, Objective]], Callable[P, Objective]]:
-    """Calls check with the arguments that are not the defaults, by name: a default may go with anything."""
-
-    def decorate(function: Callable[P, Objective]) -> Callable[P, Objective]:
-        defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-
-        @functools.wraps(function)
-        def build(*args: P.args, **kwargs: P.kwargs) -> Objective:
-            given = {**dict(zip(defaults, args, strict=False)), **kwargs}
-            given = {name: value for name, value in given.items() if value is not None}
-            # Only where another argument may leave one without a use: torch.compile guards on what is compared.
-            if any(not isinstance(value, (int, float)) for value in given.values()):
-                given = {name: value for name, value in given.items() if value != defaults.get(name)}
-            check(given)
-            return function(*args, **kwargs)
-
-        return build
-
-    return decorate
 
 
 def check_weights(**weights: float | Schedule) -> None:

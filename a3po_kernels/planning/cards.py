@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ..core.checks import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,5 @@ def find_card(name: object, argument: str = "gpu", others: Sequence[str] = ()) -
     key = name.lower().replace(" ", "-").replace("_", "-") if isinstance(name, str) else ""
     if key in CARDS:
         return CARDS[key]
-    near = difflib.get_close_matches(key, CARDS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument} must be one of {', '.join((*others, *CARDS))}; got {name!r}{hint}")
+    names = ", ".join((*others, *CARDS))
+    raise ValueError(f"{argument} must be one of {names}; got {name!r}{did_you_mean(key, CARDS)}")

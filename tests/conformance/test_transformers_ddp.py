@@ -7,13 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 
 import a3po_kernels as ak
 
 pytest.importorskip("trl")
 import tiny
-from test_transformers_distributed import RANKS, join, leave
+from ranks import on_ranks
+from test_transformers_distributed import RANKS
 from test_transformers_integration import assert_same_gradients, completion_logits, logits_loss
 
 from a3po_kernels.integrations.transformers import policy_loss_from_model, token_logprobs_from_model
@@ -86,19 +87,14 @@ def steps(rank, name, loss):
     return taken
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    join(rank, folder)
-    torch.save({(n, loss): steps(rank, n, loss) for n in OPTIONS for loss in LOSSES}, f"{folder}/{rank}.pt")
-    leave()
+def every_case() -> dict:
+    return {(n, loss): steps(dist.get_rank(), n, loss) for n in OPTIONS for loss in LOSSES}
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory):
+def gradients():
     """By rank, options and loss: of each step. Two processes go through them all, since starting them takes longest."""
-    folder = tmp_path_factory.mktemp("ddp")
-    mp.spawn(worker, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return on_ranks(RANKS, every_case)
 
 
 @pytest.mark.parametrize("loss", ["one-pass", "recompute", "own"])
@@ -115,23 +111,21 @@ def test_gradients_are_eagers(name, loss, gradients):
 # -- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def train(rank: int, folder: str) -> None:
+def train(folder: str) -> list[torch.Tensor]:
     from test_trl_integration import parameters, trained
     from trl import GRPOConfig, GRPOTrainer
 
     from a3po_kernels.integrations.trl import A3POConfig, A3POTrainer
 
-    torch.set_num_threads(1)
+    rank = dist.get_rank()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost"}
-    join(rank, folder)
     # torch cannot record a static graph in a backward without a reduction, as accumulation begins with.
     both = {"ddp_static_graph": True, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
     options = {**both, "loss_type": "dapo", "epsilon_high": 0.28}
     theirs = trained(GRPOTrainer, GRPOConfig, f"{folder}/model", f"{folder}/{rank}", **options)
     options = {**both, "objective": "dapo"}
     ours = trained(A3POTrainer, A3POConfig, f"{folder}/model", f"{folder}/{rank}", **options)
-    torch.save([parameters(made) for made in (theirs, ours)], f"{folder}/{rank}.pt")
-    leave()
+    return [parameters(made) for made in (theirs, ours)]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -140,8 +134,7 @@ def test_the_trainer_with_a_static_graph(tmp_path):
     tiny.build().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     before = torch.cat([p.detach().flatten() for p in tiny.build().parameters()])
-    mp.spawn(train, args=(str(tmp_path),), nprocs=RANKS)
-    (theirs, ours), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    (theirs, ours), (_, second) = on_ranks(RANKS, train, str(tmp_path))
     moved = (theirs - before).abs().max()
     assert moved > 1e-4
     assert torch.equal(ours, second), "the ranks differ"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import a3po_kernels as ak
 
 pytest.importorskip("trl")
 import tiny
+from ranks import on_ranks
 
 from a3po_kernels.integrations.transformers import policy_loss_from_model
 
@@ -41,24 +38,9 @@ def wrap(name, model):
     return fully_shard(model, reshard_after_forward=True if name == "fsdp2-root-recompute" else None)
 
 
-def join(rank: int, folder: str) -> None:
-    # A collective that waits for long is an error, not a test that never ends.
-    options = {"rank": rank, "world_size": RANKS, "timeout": timedelta(seconds=60)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", **options)
-
-
-def leave() -> None:
-    """Ends this process, when all ranks are here, without freeing what it holds.
-
-    DistributedDataParallel frees its group under the interpreter's lock, for which a thread of gloo's may be waiting.
-    """
-    dist.barrier()
-    os._exit(0)
-
-
-def worker(rank: int, folder: str, name: str) -> None:
-    torch.set_num_threads(1)
-    join(rank, folder)
+def work(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This rank's loss and, of the wrapped model, whole gradients; of a second step like the first."""
+    rank = dist.get_rank()
     model = wrap(name, tiny.build(WRAPPED[name]))
     batch = tiny.batch(rollouts=4)
     mine = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
@@ -73,14 +55,12 @@ def worker(rank: int, folder: str, name: str) -> None:
             if p.grad is not None
         }
         model.zero_grad(set_to_none=True)
-    torch.save((out.loss.detach(), gradients), f"{folder}/{rank}.pt")
-    leave()
+    return out.loss.detach(), gradients
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_two_ranks_are_one_batch(name, tmp_path):
-    mp.spawn(worker, args=(str(tmp_path), name), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+def test_two_ranks_are_one_batch(name):
+    ranks = on_ranks(RANKS, work, name)
     model, batch = tiny.build(WRAPPED[name]), tiny.batch(rollouts=4)
     out = policy_loss_from_model(model, batch, OBJECTIVE)
     out.loss.backward()
@@ -103,22 +83,17 @@ def sharded_and_scaled():
 REFUSED = {sharded_and_scaled: "logit_scale = 0.25"}
 
 
-def refused(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    join(rank, folder)
+def refusals() -> dict[str, str]:
     messages = {}
     for build in REFUSED:
         with pytest.raises(ValueError) as error:
-            policy_loss_from_model(build(), tiny.batch(seed=rank), OBJECTIVE)
+            policy_loss_from_model(build(), tiny.batch(seed=dist.get_rank()), OBJECTIVE)
         messages[build.__name__] = str(error.value)
-    torch.save(messages, f"{folder}/{rank}.pt")
-    leave()
+    return messages
 
 
-def test_heads_that_are_refused(tmp_path):
+def test_heads_that_are_refused():
     """On every rank at once, so that none waits for another."""
-    mp.spawn(refused, args=(str(tmp_path),), nprocs=RANKS)
-    for rank in range(RANKS):
-        messages = torch.load(tmp_path / f"{rank}.pt")
+    for messages in on_ranks(RANKS, refusals):
         for build, message in REFUSED.items():
             assert message in messages[build.__name__]

@@ -31,11 +31,7 @@ def reward(completions, **kwargs):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The tiny models as a user has them: saved with a tokenizer, which reference models are loaded from."""
-    root = tmp_path_factory.mktemp("models")
-    for name in ("llama", "softcap", "moe"):
-        tiny.build(name).save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
-    return root
+    return tiny.save(tmp_path_factory.mktemp("models"), "llama", "softcap", "moe")
 
 
 def trainer(kind, configuration, folder, output, **options):

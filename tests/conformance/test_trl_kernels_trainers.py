@@ -54,11 +54,7 @@ CALLED = {"orpo": "selective_log_softmax_and_entropy"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for name in ("llama", "softcap", "bias"):
-        tiny.build(name).save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
-    return root
+    return tiny.save(tmp_path_factory.mktemp("models"), "llama", "softcap", "bias")
 
 
 def trained(name, folder, output):

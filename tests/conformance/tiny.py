@@ -49,6 +49,14 @@ MODELS = {
 }
 
 
+def save(root, *names: str):
+    """Models as a user has them, in folders of their names with the tokenizer; gives root."""
+    for name in names:
+        build(name).save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+    return root
+
+
 def build(name: str = "llama", seed: int = 0):
     """A model with random weights large enough that its predictions differ from uniform."""
     torch.manual_seed(seed)
